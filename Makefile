@@ -1,0 +1,68 @@
+# `make` lists the targets. Each makes the environment it needs, once per change of pyproject.toml.
+#   make eval-fp8 PY=python3      use this interpreter, which has everything; no environment is made
+#   make test TORCH=torch==2.12   another torch
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help venv install eval-fp8 test test-gpu lint format report clean
+export TIMEFORMAT := took %0lR
+
+VENV    ?= .venv
+CONFIG  ?= configs/eval-fp8.toml
+ARGS    ?=
+WORKERS ?= 2
+GPU     := $(shell command -v nvidia-smi)
+EXTRAS  ?= $(if $(GPU),cuda$(comma)dev,dev)
+TORCH   ?= $(if $(GPU),torch,torch==2.13.0)
+# CPU wheels live here; without a GPU, the default index would bring gigabytes of CUDA libraries.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+comma := ,
+
+ifdef PY
+READY :=
+else
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+INSTALL_TORCH = $(if $(GPU),$(PIP) "$(TORCH)",$(PIP) --retries 0 --timeout 15 --index-url $(TORCH_INDEX) "$(TORCH)" \
+    || { echo "$(TORCH) is not at $(TORCH_INDEX): taking it from pip's own index" >&2; $(PIP) "$(TORCH)"; })
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+
+install venv: $(READY)  ## make the environment
+
+$(VENV)/.installed: pyproject.toml
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11) ""; do \
+	    [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	done; \
+	[ -n "$$python" ] || { echo "evalkit needs Python 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }; \
+	echo "installing into $(VENV): $$("$$python" --version), $(TORCH)$(if $(GPU),, for CPU), .[$(EXTRAS)]"; \
+	"$$python" -m venv $(VENV)
+	@time { $(INSTALL_TORCH) && $(PIP) -e ".[$(EXTRAS)]"; }
+	@touch $@
+
+eval-fp8: $(READY)  ## what fp8 KV formats cost against bf16, on the embedded checkpoint
+	@time $(PY) -m evalkit.cli run --config $(CONFIG) $(ARGS)
+
+test: lint  ## ruff, mypy, and every test that needs no GPU
+	@time $(PY) -m pytest -q -n $(WORKERS) -m "not gpu" $(ARGS)
+
+test-gpu: $(READY)  ## the tests that need a GPU
+	@time $(PY) -m pytest -q -m gpu $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	@$(PY) -m ruff check -q
+	@$(PY) -m ruff format -q --check
+	@time $(PY) -m mypy
+
+format: $(READY)  ## rewrite files as ruff formats them
+	@$(PY) -m ruff check -q --fix-only
+	@$(PY) -m ruff format -q
+
+report: $(READY)  ## write the newest run's report again
+	@$(PY) -m evalkit.cli report $(ARGS)
+
+clean:  ## remove the environment and caches; runs/ stays
+	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
