@@ -1,0 +1,1 @@
+"""What two runs of one model differ by: metrics, layer streams, rungs, noise floors."""

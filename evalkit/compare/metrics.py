@@ -1,0 +1,207 @@
+"""Distances between two tensors, (got, ref), summed in float64 and added up chunk by chunk.
+
+Percentiles of the absolute error come from a histogram over the bit patterns of float32: 16 bins an octave over its
+whole range, so a percentile is within 3.2 % of the true one, is the same in every order of adding, and an
+accumulator's memory does not grow with what it has seen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+MANTISSA_SHIFT: Final = 19  # keeps a float32's exponent and the first four bits of its mantissa
+BINS: Final = 1 << (31 - MANTISSA_SHIFT)
+CHUNK_CPU: Final = 1 << 17  # values: what stays in a core's cache through the dozen passes over it
+CHUNK_GPU: Final = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What one comparison found. A number that does not exist is None, never 0 and never NaN.
+
+    Attributes:
+        cosine: of the two as single vectors; None when either is all zeros.
+        relative_l2: norm of the error over the norm of the reference; None for an all-zero reference.
+        symmetric_distance: 1 - 2<x,y>/(|x|^2 + |y|^2), which sees scale; None when both are all zeros.
+        max_abs_error: largest |got - ref|, at token `max_abs_token`, position `max_abs_position` within the token.
+        max_abs_got, max_abs_ref: the two values there.
+        sqnr_db: reference power over error power in decibels; None without an error or without a reference.
+        abs_p50, abs_p99, abs_p999: percentiles of |got - ref|, each within 3.2 %.
+        token_relative_l2_mean, token_relative_l2_max: over tokens whose reference is not all zeros.
+        nonfinite: values of got that are NaN or infinite; they are in no other figure, and a gate must fail on them.
+        tokens: rows seen. n: finite values compared.
+    """
+
+    cosine: float | None
+    relative_l2: float | None
+    symmetric_distance: float | None
+    max_abs_error: float | None
+    max_abs_token: int | None
+    max_abs_position: int | None
+    max_abs_got: float | None
+    max_abs_ref: float | None
+    sqnr_db: float | None
+    abs_p50: float | None
+    abs_p99: float | None
+    abs_p999: float | None
+    token_relative_l2_mean: float | None
+    token_relative_l2_max: float | None
+    nonfinite: int
+    tokens: int
+    n: int
+
+
+class Accumulator:
+    """Adds chunks of (got, ref) and gives their `Figures`. Memory: one histogram of 4096 counts."""
+
+    def __init__(self) -> None:
+        self.got_sq = self.ref_sq = self.dot = self.error_sq = 0.0
+        self.histogram = torch.zeros(BINS, dtype=torch.int64)
+        self.worst: tuple[float, int, int, float, float] | None = None
+        self.row_sum, self.row_max, self.row_count = 0.0, 0.0, 0
+        self.nonfinite = self.tokens = self.n = 0
+
+    def add(self, got: Tensor, ref: Tensor, where: Tensor | None = None) -> None:
+        """Add one chunk; the first dimension is tokens, the others are flattened.
+
+        Args:
+            got: [T, ...] of any float type.
+            ref: [T, ...], same shape, finite.
+            where: bool [T, ...], what to compare; None compares everything.
+
+        Raises:
+            ValueError: shapes differ, the chunk is empty, or the reference is not finite.
+        """
+        if got.shape != ref.shape or (where is not None and where.shape != ref.shape):
+            shape = None if where is None else list(where.shape)
+            raise ValueError(f"shapes differ: got {list(got.shape)}, ref {list(ref.shape)}, where {shape}")
+        if ref.dim() == 0 or ref.numel() == 0 or (where is not None and not bool(where.any())):
+            raise ValueError(f"nothing to compare in shape {list(ref.shape)}: need [tokens, ...] with a value")
+        got, ref = got.detach().flatten(1), ref.detach().flatten(1)
+        got, ref = (got[:, None], ref[:, None]) if got.dim() == 1 else (got, ref)
+        where = None if where is None else where.reshape(ref.shape)
+        limit = CHUNK_GPU if ref.is_cuda else CHUNK_CPU
+        rows = max(1, limit // ref.shape[1])
+        for start in range(0, len(ref), rows):
+            part = slice(start, start + rows)
+            self._add_rows(got[part].double(), ref[part].double(), None if where is None else where[part])
+
+    def _add_rows(self, got: Tensor, ref: Tensor, keep: Tensor | None) -> None:
+        """One chunk in float64 [t, V]; what `keep` excludes counts nowhere."""
+        if keep is not None:
+            got, ref = torch.where(keep, got, 0.0), torch.where(keep, ref, 0.0)
+        valid = ref.numel() if keep is None else int(keep.sum())
+        error = got - ref
+        # Sums of float64 squares of anything narrower cannot overflow: not finite means some value was not.
+        sums = torch.stack([torch.linalg.vecdot(a.flatten(), b.flatten()) for a, b in
+                            ((got, got), (ref, ref), (got, ref), (error, error))])  # fmt: skip
+        if not bool(torch.isfinite(sums).all()):
+            self._add_finite_rows(got, ref, keep)
+            return
+        row_error, row_ref = error.norm(dim=1), ref.norm(dim=1)
+        error.abs_()
+        bits = error.float().view(torch.int32) >> MANTISSA_SHIFT
+        counts = torch.bincount(bits.flatten(), minlength=BINS).cpu()
+        counts[0] -= ref.numel() - valid  # excluded values stand as zero errors
+        self.histogram += counts
+        for name, value in zip(("got_sq", "ref_sq", "dot", "error_sq"), sums.tolist(), strict=True):
+            setattr(self, name, getattr(self, name) + value)
+        self._note_worst(error, got, ref, keep)
+        defined = row_ref > 0
+        relative = row_error[defined] / row_ref[defined]
+        if len(relative):
+            self.row_sum += float(relative.sum())
+            self.row_max = max(self.row_max, float(relative.max()))
+            self.row_count += len(relative)
+        self.tokens += len(ref)
+        self.n += valid
+
+    def _add_finite_rows(self, got: Tensor, ref: Tensor, keep: Tensor | None) -> None:
+        """Count what is not finite in got, and add the rest."""
+        if not bool(torch.isfinite(ref).all()):
+            token, position = (int(i) for i in (~torch.isfinite(ref)).nonzero()[0])
+            raise ValueError(
+                f"the reference is not finite: {float(ref[token, position])} at token {self.tokens + token}, "
+                f"position {position}; a comparison needs a finite reference"
+            )
+        finite = torch.isfinite(got)
+        self.nonfinite += int((~finite).sum())
+        keep = finite if keep is None else keep & finite
+        if bool(keep.any()):
+            self._add_rows(got, ref, keep)
+        else:
+            self.tokens += len(ref)
+
+    def _note_worst(self, error: Tensor, got: Tensor, ref: Tensor, keep: Tensor | None) -> None:
+        if keep is not None:
+            error = torch.where(keep, error, -1.0)
+        at = int(error.argmax())
+        token, position = divmod(at, error.shape[1])
+        largest = float(error[token, position])
+        if self.worst is None or largest > self.worst[0]:
+            values = float(got[token, position]), float(ref[token, position])
+            self.worst = (largest, self.tokens + token, position, *values)
+
+    def _percentile(self, share: float) -> float | None:
+        """The middle of the bin that holds the value at this rank, never beyond the largest error seen."""
+        if self.n == 0 or self.worst is None:
+            return None
+        rank = max(1, math.ceil(share * self.n))
+        index = int(torch.searchsorted(self.histogram.cumsum(0), rank))
+        if index == 0:
+            return 0.0
+        edges = (torch.tensor([index, index + 1], dtype=torch.int32) << MANTISSA_SHIFT).view(torch.float32)
+        middle = float(edges.double().mean())
+        return min(middle, self.worst[0]) if math.isfinite(middle) else self.worst[0]
+
+    def result(self) -> Figures:
+        """All figures of everything added.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self.n == 0 and self.nonfinite == 0:
+            raise ValueError("nothing was compared: no chunk was added")
+        measured, power = self.n > 0, self.got_sq * self.ref_sq
+        worst = self.worst or (None, None, None, None, None)
+        return Figures(
+            cosine=max(-1.0, min(1.0, self.dot / math.sqrt(power))) if power > 0 else None,
+            relative_l2=math.sqrt(self.error_sq / self.ref_sq) if self.ref_sq > 0 else None,
+            # The same as 1 - 2<x,y>/(|x|^2 + |y|^2), without its cancellation.
+            symmetric_distance=_ratio(self.error_sq, self.got_sq + self.ref_sq),
+            max_abs_error=worst[0], max_abs_token=worst[1], max_abs_position=worst[2],
+            max_abs_got=worst[3], max_abs_ref=worst[4],
+            sqnr_db=_decibels(self.ref_sq, self.error_sq),
+            abs_p50=self._percentile(0.5), abs_p99=self._percentile(0.99), abs_p999=self._percentile(0.999),
+            token_relative_l2_mean=_ratio(self.row_sum, self.row_count) if measured else None,
+            token_relative_l2_max=self.row_max if self.row_count else None,
+            nonfinite=self.nonfinite, tokens=self.tokens, n=self.n,
+        )  # fmt: skip
+
+
+def compare(got: Tensor, ref: Tensor) -> Figures:
+    """The figures of one pair of tensors [T, ...]; see `Accumulator.add` for the errors it raises."""
+    accumulator = Accumulator()
+    accumulator.add(got, ref)
+    return accumulator.result()
+
+
+def relative_l2(got: Tensor, ref: Tensor) -> float | None:
+    """Norm of the error over the norm of the reference. Dimensionless, in [0, inf]; None for a zero reference.
+
+    0 means identical, 1 no better than returning zeros. Unlike cosine it sees a wrong scale.
+    """
+    return compare(got, ref).relative_l2
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator > 0 else None
+
+
+def _decibels(power: float, error_power: float) -> float | None:
+    return 10 * math.log10(power / error_power) if power > 0 and error_power > 0 else None

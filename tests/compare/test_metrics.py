@@ -1,0 +1,135 @@
+"""Metrics: values worked out by hand, chunks, values that are not finite, references of zero."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from evalkit.compare.metrics import Accumulator, compare, relative_l2
+
+
+def test_figures_match_values_worked_out_by_hand():
+    """ref (3, 4), got (3, 1): error (0, -3); norms 5, sqrt(10), 3; dot 13."""
+    found = compare(torch.tensor([[3.0, 1.0]]), torch.tensor([[3.0, 4.0]]))
+    assert found.cosine == pytest.approx(13 / math.sqrt(250))
+    assert found.relative_l2 == pytest.approx(0.6)
+    assert found.symmetric_distance == pytest.approx(1 - 26 / 35)
+    assert (found.max_abs_error, found.max_abs_token, found.max_abs_position) == (3.0, 0, 1)
+    assert (found.max_abs_got, found.max_abs_ref) == (1.0, 4.0)
+    assert found.sqnr_db == pytest.approx(10 * math.log10(25 / 9))
+    assert (found.abs_p50, found.abs_p999) == (0.0, pytest.approx(3.0, rel=0.032))
+    assert (found.n, found.tokens, found.nonfinite) == (2, 1, 0)
+
+
+def test_identical_tensors_have_no_error_and_no_sqnr():
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(1))
+    found = compare(x, x.clone())
+    assert found.cosine == 1.0
+    assert found.relative_l2 == found.symmetric_distance == found.max_abs_error == found.abs_p999 == 0.0
+    assert found.sqnr_db is None
+
+
+def test_a_wrong_scale_keeps_its_cosine_and_is_seen_by_the_others():
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(2))
+    found = compare(2 * x, x)
+    assert found.cosine == pytest.approx(1.0)
+    assert found.relative_l2 == pytest.approx(1.0)
+    assert found.symmetric_distance == pytest.approx(0.2)
+
+
+def test_chunks_add_up_to_the_whole():
+    generator = torch.Generator().manual_seed(3)
+    ref = torch.randn(1000, 3, 100, generator=generator) * torch.logspace(-4, 3, 1000)[:, None, None]
+    got = ref * (1 + 1e-2 * torch.randn(ref.shape, generator=generator))
+    whole, parts = compare(got, ref), Accumulator()
+    for start in range(0, 1000, 37):
+        parts.add(got[start : start + 37], ref[start : start + 37])
+    summed = parts.result()
+    for name in ("max_abs_token", "max_abs_position", "max_abs_got", "abs_p50", "abs_p99", "abs_p999", "n", "tokens"):
+        assert getattr(summed, name) == getattr(whole, name), name
+    for name in ("cosine", "relative_l2", "symmetric_distance", "sqnr_db", "token_relative_l2_mean"):
+        assert getattr(summed, name) == pytest.approx(getattr(whole, name), rel=1e-12), name
+
+
+def test_percentiles_are_within_the_stated_resolution():
+    error = torch.logspace(-12, 3, 10_001)
+    found = compare(error[:, None], torch.zeros(10_001, 1))
+    for name, share in (("abs_p50", 0.5), ("abs_p99", 0.99), ("abs_p999", 0.999)):
+        exact = float(torch.quantile(error.double(), share, interpolation="higher"))
+        assert getattr(found, name) == pytest.approx(exact, rel=0.032), name
+
+
+def test_the_mean_over_tokens_weighs_a_small_token_like_a_large_one():
+    ref = torch.tensor([[1000.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    got = torch.tensor([[1000.0, 0.0], [0.5, 0.0], [0.0, 0.0]])
+    found = compare(got, ref)
+    assert found.token_relative_l2_mean == pytest.approx(0.25), "the all-zero token has no relative error"
+    assert found.token_relative_l2_max == pytest.approx(0.5)
+    assert found.relative_l2 == pytest.approx(0.5e-3)
+
+
+def test_a_reference_of_zeros_is_never_perfect():
+    found = compare(torch.ones(2, 2), torch.zeros(2, 2))
+    assert found.cosine is None and found.relative_l2 is None and found.sqnr_db is None
+    assert found.symmetric_distance == 1.0 and found.max_abs_error == 1.0
+    both = compare(torch.zeros(2, 2), torch.zeros(2, 2))
+    assert both.cosine is None and both.relative_l2 is None and both.symmetric_distance is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_counted_and_left_out(bad: float):
+    ref = torch.tensor([[3.0, 4.0, 7.0], [1.0, 2.0, 3.0]])
+    got = torch.tensor([[3.0, 1.0, bad], [1.0, 2.0, 3.0]])
+    found = compare(got, ref)
+    assert found.nonfinite == 1 and found.n == 5 and found.tokens == 2
+    assert found.max_abs_error == 3.0
+    assert found.relative_l2 == pytest.approx(3 / math.sqrt(25 + 14))
+
+
+def test_nothing_but_nan_gives_no_figure_at_all():
+    found = compare(torch.full((2, 2), math.nan), torch.ones(2, 2))
+    assert found.nonfinite == 4 and found.n == 0
+    assert found.cosine is None and found.relative_l2 is None and found.abs_p50 is None
+
+
+def test_a_mask_takes_values_out_of_every_figure():
+    ref = torch.tensor([[1.0, -math.inf], [1.0, 2.0]])
+    got = torch.tensor([[2.0, 5.0], [1.0, 2.0]])
+    accumulator = Accumulator()
+    accumulator.add(got, ref, where=torch.isfinite(ref))
+    found = accumulator.result()
+    assert found.n == 3 and found.max_abs_error == 1.0
+    assert found.relative_l2 == pytest.approx(1 / math.sqrt(6))
+    assert found.abs_p50 == 0.0 and found.abs_p99 == pytest.approx(1.0, rel=0.032)
+
+
+def test_measuring_nothing_raises():
+    with pytest.raises(ValueError, match="nothing"):
+        compare(torch.zeros(0, 4), torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="nothing"):
+        Accumulator().result()
+
+
+def test_shapes_that_differ_raise():
+    with pytest.raises(ValueError, match=r"\[2, 3\].*\[2, 4\]"):
+        relative_l2(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_a_reference_that_is_not_finite_raises_and_says_where():
+    ref = torch.ones(3, 4)
+    ref[2, 1] = math.nan
+    with pytest.raises(ValueError, match="token 2, position 1"):
+        compare(torch.ones(3, 4), ref)
+
+
+def test_bf16_and_huge_values_are_summed_without_overflow():
+    found = compare(torch.full((4, 4), 3e38).bfloat16(), torch.full((4, 4), 1.5e38).bfloat16())
+    assert found.relative_l2 == pytest.approx(1.0, rel=0.02)
+    assert found.cosine == pytest.approx(1.0)
+
+
+def test_an_error_beyond_float32_still_has_a_finite_percentile():
+    found = compare(torch.full((2, 2), 3e38), torch.full((2, 2), -3e38))
+    assert found.abs_p50 == pytest.approx(6e38, rel=1e-6)
