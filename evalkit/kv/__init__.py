@@ -1,0 +1,34 @@
+"""How one token's latent and rope are stored: formats, their scales, and vLLM's names for them."""
+
+from evalkit.kv.aliases import resolve
+from evalkit.kv.base import RowFormat, formats
+from evalkit.kv.scales import (
+    IDENTITY,
+    ReadScale,
+    Scales,
+    calibrate,
+    from_checkpoint,
+    identity,
+    round_to_bf16,
+    truncate_to_e8m0,
+)
+
+formats.discover(__name__)
+get = formats.get
+names = formats.names
+
+__all__ = [
+    "IDENTITY",
+    "ReadScale",
+    "RowFormat",
+    "Scales",
+    "calibrate",
+    "formats",
+    "from_checkpoint",
+    "get",
+    "identity",
+    "names",
+    "resolve",
+    "round_to_bf16",
+    "truncate_to_e8m0",
+]

@@ -1,0 +1,51 @@
+"""float8 e4m3fn arithmetic as CUDA's writers do it: saturating casts, true division, scales per 128-wide tile."""
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+TILE = 128
+
+
+def constant(value: float, like: Tensor) -> Tensor:
+    """A float32 scalar on the tensor's device, filled there rather than copied, which would synchronise."""
+    return torch.full((), value, dtype=torch.float32, device=like.device)
+
+
+def divide(values: Tensor, by: float) -> Tensor:
+    """values / by, rounded as IEEE division.
+
+    On CUDA, tensor / python number becomes a multiplication by the reciprocal, which changes 0.1 % of the codes.
+    """
+    return values / constant(by, values)
+
+
+def to_e4m3(values: Tensor) -> Tensor:
+    """float32 -> float8_e4m3fn, nearest even, saturating at ±448; NaN stays NaN."""
+    # torch below 2.13 casts what exceeds 448 to NaN on some devices. clamp keeps NaN.
+    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def tile_amax(tiles: Tensor) -> Tensor:
+    """max|x| of each tile [..., TILE], over its numbers: like CUDA's fmaxf it passes over NaN, which the codes keep."""
+    return tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1)
+
+
+def power_of_two_scale(tiles: Tensor) -> Tensor:
+    """2^ceil(log2(max(amax/448, 1e-4))) of each tile: vLLM's writer from #49435 on, and FlashMLA's tests.
+
+    A power of two survives a reader that rounds the scale; the floor keeps a tile of zeros finite.
+    """
+    wanted = divide(tile_amax(tiles), E4M3_MAX).clamp(min=1e-4)
+    # Rounding the bits up to the next bare exponent is exact, where log2 may differ between devices.
+    return ((wanted.view(torch.int32) + 0x7F_FFFF) & 0x7F80_0000).view(torch.float32)
+
+
+def encode_tiles(tiles: Tensor, scale: Tensor) -> Tensor:
+    """tiles [T, n, TILE], scale [T, n] -> codes [T, n * TILE]."""
+    return to_e4m3(tiles / scale[..., None]).flatten(-2)
+
+
+def decode_tiles(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes [T, n * TILE] e4m3, scale [T, n] -> values [T, n * TILE] float32."""
+    return (codes.float().unflatten(-1, (-1, TILE)) * scale[..., None]).flatten(-2)

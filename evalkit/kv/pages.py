@@ -1,0 +1,67 @@
+"""Paged uint8 memory: what a cache must look like, and rows in and out by slot.
+
+Slot s is row s % page_size of page s // page_size; pages are contiguous, so that slot s is row s of the whole.
+On CUDA nothing here synchronises: shapes are checked, slots are left to the device's own assertion.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evalkit.errors import InputError
+
+
+def rows_of(cache: Tensor, row_bytes: int) -> Tensor:
+    """cache [pages, page_bytes] -> its rows [slots, row_bytes], sharing memory.
+
+    Raises:
+        InputError: the cache is not contiguous uint8 pages of whole rows.
+    """
+    if cache.dtype != torch.uint8 or cache.dim() != 2 or not cache.is_contiguous() or cache.shape[1] % row_bytes:
+        raise InputError(
+            f"cache is {cache.dtype} {list(cache.shape)}, strides {list(cache.stride())}: contiguous torch.uint8 "
+            f"[pages, page_bytes] with page_bytes a multiple of {row_bytes} is right"
+        )
+    return cache.view(-1, row_bytes)
+
+
+def check_slots(slots: Tensor, capacity: int, lowest: int) -> None:
+    """Refuse slots that are not [T] int32 or int64 or, on CPU, outside [lowest, capacity).
+
+    Raises:
+        InputError: with the token and the slot.
+    """
+    if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"slots are {slots.dtype} {list(slots.shape)}: int32 or int64 [T] is right")
+    if slots.device.type == "cpu" and slots.numel():
+        low, high = (int(end) for end in slots.aminmax())
+        if low < lowest or high >= capacity:
+            token = int(((slots < lowest) | (slots >= capacity)).int().argmax())
+            raise InputError(
+                f"slot {int(slots[token])} of token {token} is outside the cache: {lowest} to {capacity - 1} is right"
+            )
+
+
+def put_rows(planes: Sequence[Tensor], slots: Tensor, rows: Tensor) -> None:
+    """Write row t of rows [T, row_bytes] to slot slots[t] of the planes [N, width], split by their widths; -1 skips.
+
+    A slot given twice ends with either row.
+    """
+    if not slots.numel():
+        return
+    written = slots >= 0
+    # Masking skipped tokens away would synchronise CUDA. Each repeats a written token instead, to the same slot with
+    # the same bytes; where none is written, target is -1 throughout and slot 0 receives its own bytes.
+    source = torch.where(written, torch.arange(len(slots), device=slots.device), written.int().argmax())
+    target = slots.long()[source]
+    home = target.clamp(min=0)
+    parts = rows[source].split([plane.shape[1] for plane in planes], -1)
+    for plane, part in zip(planes, parts, strict=True):
+        plane.index_copy_(0, home, torch.where(target[:, None] >= 0, part, plane.index_select(0, home)))
+
+
+def take_rows(planes: Sequence[Tensor], slots: Tensor) -> Tensor:
+    """The planes' parts of each slot, side by side: [T, row_bytes]."""
+    index = slots.long()
+    return torch.cat([plane.index_select(0, index) for plane in planes], -1)
