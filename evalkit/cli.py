@@ -1,0 +1,226 @@
+"""The commands. Each one reads its input, calls one function, and prints where the result lies."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Self
+
+import typer
+
+from evalkit import __version__
+from evalkit.config import RunConfig
+from evalkit.errors import InputError
+
+BAD_INPUT = 64
+CRASH = 70
+INTERRUPTED = 130
+CLICK_USAGE = 2
+
+app = typer.Typer(
+    name="evalkit",
+    help="What a KV-cache format costs in accuracy against bf16, where the loss arises, and on which tasks it shows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="A TOML file; without it, the defaults.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the file; repeatable.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"evalkit {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    config: Config = None,
+    set_: Set = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run, from its last whole stage.")
+    ] = None,
+) -> None:
+    """Compare layers, score tasks, write the report.
+
+    Example: evalkit run --config configs/eval-fp8.toml --set task_documents=48
+    """
+    from evalkit import pipeline
+
+    if resume is not None and (config is not None or set_):
+        raise InputError(
+            f"--resume {resume} takes its configuration from the run: give neither --config nor --set"
+        )
+    print(
+        pipeline.run(_resumed(resume) if resume is not None else RunConfig.load(config, set_ or ()), resume)
+    )
+
+
+@app.command()
+def layers(config: Config = None, set_: Set = None) -> None:
+    """Compare every layer with the reference, without tasks.
+
+    Example: evalkit layers --set candidates=bf16@reference,fp8_e4m3:one@reference
+    """
+    from evalkit import pipeline
+
+    print(pipeline.layers(RunConfig.load(config, set_ or ())))
+
+
+@app.command()
+def tasks(config: Config = None, set_: Set = None) -> None:
+    """Score tasks on the same documents for every candidate.
+
+    Example: evalkit tasks --config configs/eval-fp8.toml --set task_documents=100
+    """
+    from evalkit import pipeline
+
+    print(pipeline.tasks(RunConfig.load(config, set_ or ())))
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run directory; without it, the newest under runs/.")
+    ] = None,
+) -> None:
+    """Write a run's report.html and summary.md again, and print its tables.
+
+    Example: evalkit report runs/2026-01-31T12-00-00Z-eval-fp8
+    """
+    from evalkit.report import html, markdown, terminal
+
+    path = run if run is not None else _newest(Path("runs"))
+    terminal.show(path)
+    markdown.write(path)
+    print(html.write(path))
+
+
+@app.command()
+def formats() -> None:
+    """List the KV formats and what a token costs in each.
+
+    Example: evalkit formats
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from evalkit import kv
+
+    table = Table("format", "bytes per token", "of bf16")
+    bf16 = kv.get("bf16").row_bytes
+    for name in kv.names():
+        row_bytes = kv.get(name).row_bytes
+        table.add_row(name, str(row_bytes), f"{row_bytes / bf16:.0%}")
+    Console().print(table)
+
+
+@app.command()
+def doctor(
+    heads: Annotated[int, typer.Option(help="Attention heads on one GPU.")] = 128,
+    topk: Annotated[int, typer.Option(help="Selected tokens of each query.")] = 2048,
+) -> None:
+    """Say what each backend can read here, and why not where it cannot.
+
+    Example: evalkit doctor --heads 16 --topk 512
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from evalkit import environment, kv
+    from evalkit.attention import backends
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(
+        f"torch {torch.__version__} on {environment.gpu_name(str(device)) or 'CPU'}, {os.cpu_count()} cores"
+    )
+    table = Table("backend", "format", f"here, with {heads} heads and top-{topk}")
+    for name in backends.names():
+        for row_format in map(kv.get, kv.names()):
+            reason = backends.get(name).unavailable_because(row_format, device, heads, topk)
+            table.add_row(name, row_format.name, f"no: {reason}" if reason else "yes")
+        table.add_section()
+    Console().print(table)
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def lm_eval(
+    arguments: Annotated[list[str] | None, typer.Argument(help="What lm-eval's own command takes.")] = None,
+) -> None:
+    """Run lm-eval itself, with the model `evalkit` and the tasks of evalkit known to it.
+
+    Example: evalkit lm-eval run --model evalkit --model_args checkpoint=dsa-nano --tasks gsm8k --limit 8
+    """
+    from evalkit.evaluate.lm import lm_eval_main
+
+    raise typer.Exit(lm_eval_main(arguments or []) or 0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 64 bad input, 70 crash, 130 interrupted.
+
+    64 and 70 collide with none of Python's 1, the command-line library's 2 and make's 2.
+    """
+    with _ExitCode() as code:
+        app(argv)
+    sys.exit(code.value)
+
+
+class _ExitCode:
+    """Turns what ends a command into its exit code, printing what a user needs to see."""
+
+    value = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        match error:
+            case None:
+                self.value = 0
+            case SystemExit():
+                self.value = error.code if isinstance(error.code, int) else int(error.code is not None)
+                if self.value == CLICK_USAGE:
+                    self.value = BAD_INPUT
+            case InputError():
+                print("evalkit: " + " ".join(str(error).split()), file=sys.stderr)
+                self.value = BAD_INPUT
+            case KeyboardInterrupt():
+                self.value = INTERRUPTED
+            case _:
+                traceback.print_exception(kind, error, trace)
+                self.value = CRASH
+        return True
+
+
+def _resumed(path: Path) -> RunConfig:
+    from evalkit.records import RunDirectory
+
+    return RunConfig.from_json(RunDirectory(path).config)
+
+
+def _newest(out: Path) -> Path:
+    found = sorted(path.parent for path in out.glob("[!.]*/run.json"))
+    if not found:
+        raise InputError(f"no run under {out}/: `evalkit run` makes one, or name a run directory")
+    return found[-1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What a run is asked to do: one frozen RunConfig, from a TOML file and `--set key=value`.
+
+No environment variable changes a result; what is not said here has the default written here.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from evalkit.errors import InputError
+
+WORDS = {
+    str: "text",
+    int: "an integer",
+    Path: "a path",
+    type(None): "null",
+    tuple[str, ...]: "a list of names",
+    Literal["default"]: '"default"',
+}
+EMBEDDED = Path(__file__).parent / "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on.
+
+    Attributes:
+        name: ends the run directory's name.
+        checkpoint: an embedded checkpoint's name or a directory in Hugging Face layout.
+        device: `cpu`, `cuda` or `cuda:N`; None takes the GPU where there is one.
+        dtype: `bfloat16` or `float32`; None is bfloat16 on a GPU and bf16-rounded float32 on a CPU.
+        candidates: what is compared, or "default".
+        layers_prompt_tokens: prefilled tokens of each compared prompt.
+        layers_decode_tokens: tokens then decoded one by one.
+        layers_prompts: a text file to compare layers on; None generates documents.
+        tasks: names of tasks to score; empty scores none.
+        task_documents: documents of each task, the same for every candidate.
+        batch_size: documents scored together.
+        seed: of every random choice.
+        out: the directory of runs.
+    """
+
+    name: str = "run"
+    checkpoint: str = "dsa-nano"
+    device: str | None = None
+    dtype: str | None = None
+    candidates: tuple[str, ...] | Literal["default"] = "default"
+    layers_prompt_tokens: int = 2048
+    layers_decode_tokens: int = 32
+    layers_prompts: Path | None = None
+    tasks: tuple[str, ...] = ()
+    task_documents: int = 24
+    batch_size: int = 8
+    seed: int = 0
+    out: Path = Path("runs")
+
+    def __post_init__(self) -> None:
+        """Refuse values no run can have; files are looked at in `load`."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise InputError(
+                f"name is {self.name!r}: letters, digits, '.', '_' and '-' make a directory's name"
+            )
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"device is {self.device!r}: give cpu, cuda or cuda:N, or leave it out")
+        if self.dtype not in (None, "bfloat16", "float32"):
+            raise InputError(f"dtype is {self.dtype!r}: give bfloat16 or float32, or leave it out")
+        if not self.candidates:
+            raise InputError('candidates is empty: name at least one, or "default"')
+        least = {
+            "layers_prompt_tokens": 1,
+            "layers_decode_tokens": 0,
+            "task_documents": 1,
+            "batch_size": 1,
+            "seed": 0,
+        }
+        for key, minimum in least.items():
+            if getattr(self, key) < minimum:
+                raise InputError(f"{key} is {getattr(self, key)}: it must be at least {minimum}")
+
+    @classmethod
+    def load(cls, path: Path | None = None, overrides: Sequence[str] = ()) -> Self:
+        """Read a TOML file, or take the defaults, then apply `key=value` overrides in order.
+
+        Raises:
+            InputError: a file is missing or unreadable, a key unknown, or a value of the wrong type.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            values = {key: _value(key, raw, str(path)) for key, raw in _toml(path).items()}
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise InputError(f"--set {override}: give it as key=value")
+            values[key.strip()] = _from_text(key.strip(), text.strip())
+        config = cls(**values)
+        checkpoint_path(config.checkpoint)
+        if config.layers_prompts is not None:
+            _refuse_unreadable(config.layers_prompts)
+        return config
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """What `to_json` wrote, as a run directory keeps it."""
+        return cls(**{key: _value(key, raw, "run.json") for key, raw in values.items() if raw is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as JSON values, None included."""
+        return {
+            key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    def with_values(self, **values: Any) -> Self:
+        """A copy with some values replaced."""
+        return replace(self, **values)
+
+
+def checkpoint_path(checkpoint: str) -> Path:
+    """The directory of an embedded checkpoint, or of a path given as such.
+
+    Raises:
+        InputError: there is no such directory, or it holds no config.json.
+    """
+    embedded = EMBEDDED / checkpoint
+    path = embedded if (embedded / "config.json").is_file() else Path(checkpoint)
+    if not (path / "config.json").is_file():
+        names = sorted(entry.parent.name for entry in EMBEDDED.glob("*/config.json"))
+        raise InputError(
+            f"checkpoint {checkpoint!r} is neither a directory with a config.json nor embedded"
+            f"{_meant(checkpoint, names)} (embedded: {', '.join(names) or 'none'})"
+        )
+    return path
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no configuration file at {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a directory: give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+
+
+def _refuse_unreadable(prompts: Path) -> None:
+    if not prompts.is_file():
+        raise InputError(f"layers_prompts: no text file at {prompts}")
+    try:
+        text = prompts.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"layers_prompts: {prompts} is not UTF-8 text: {error}") from None
+    if not text.strip():
+        raise InputError(f"layers_prompts: {prompts} is empty: give text of a few thousand tokens")
+
+
+def _options(key: str, where: str) -> tuple[Any, ...]:
+    """The types that a key's value may have."""
+    hints = get_type_hints(RunConfig)
+    if key not in hints:
+        known = [field.name for field in fields(RunConfig)]
+        raise InputError(f"{where}: unknown key {key!r}{_meant(key, known)} (keys: {', '.join(known)})")
+    return get_args(hints[key]) if get_origin(hints[key]) in (Union, UnionType) else (hints[key],)
+
+
+def _value(key: str, raw: object, where: str) -> Any:
+    """A TOML or JSON value as its field's type."""
+    for option in _options(key, where):
+        if option is Path and isinstance(raw, str):
+            return Path(raw)
+        if (
+            get_origin(option) is tuple
+            and isinstance(raw, list)
+            and all(isinstance(item, str) for item in raw)
+        ):
+            return tuple(raw)
+        if get_origin(option) is Literal and raw in get_args(option):
+            return raw
+        if option in (str, int) and type(raw) is option:
+            return raw
+    raise InputError(f"{where}: {key} is {raw!r}: it takes {_takes(key)}")
+
+
+def _from_text(key: str, text: str) -> Any:
+    """A `--set` value as its field's type: lists are separated by commas, `null` is None."""
+    takes = _takes(key)
+    if text in ("", "null") and "null" in takes:
+        return None
+    raw: object = text
+    if takes == "an integer" and re.fullmatch(r"[+-]?\d+", text):
+        raw = int(text)
+    elif "list" in takes and text != "default":
+        raw = [item.strip() for item in text.split(",") if item.strip()]
+    return _value(key, raw, "--set")
+
+
+def _takes(key: str) -> str:
+    return " or ".join(WORDS[option] for option in _options(key, "--set"))
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
