@@ -1,0 +1,58 @@
+"""What a backend is: it reads rows of one format and attends to the selected ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from evalkit.kv import RowFormat, Scales
+from evalkit.registry import Registry
+
+
+class Backend(ABC):
+    """Reads a paged cache and computes softmax attention over each query's selected rows.
+
+    A backend never falls back to another: where it cannot run, `unavailable_because` says why.
+    """
+
+    name: str
+    kernel: str
+
+    @abstractmethod
+    def attend(
+        self,
+        q_latent: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        format: RowFormat,
+        indices: Tensor,
+        sm_scale: float,
+        scales: Scales,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend over the selected rows.
+
+        Args:
+            q_latent: [T, H, C] queries in latent space, in the model's dtype.
+            q_rope: [T, H, R], interleaved like the stored rope.
+            cache: uint8 pages made by `format.allocate`.
+            indices: [T, K] int32 slots, -1 where a query has fewer than K.
+            sm_scale: softmax scale, (nope + rope)^-0.5 times YaRN's mscale².
+            scales: this layer's per-tensor scales.
+
+        Returns:
+            out [T, H, C] in the queries' dtype and lse [T, H] float32, natural log. A row without a valid slot
+            gives exactly 0 and -inf.
+        """
+
+    @abstractmethod
+    def unavailable_because(self, format: RowFormat, device: torch.device, heads: int, topk: int) -> str | None:
+        """Why this backend cannot read `format` here, in one line, or None where it can."""
+
+    def read_scale(self, scale: Tensor) -> Tensor:
+        """The rounding this kernel applies to a stored or given scale before it multiplies."""
+        return scale
+
+
+backends: Registry[Backend] = Registry("backend")

@@ -1,0 +1,109 @@
+"""Exact attention in plain torch: float32 scores, softmax and sums, on any device and every format.
+
+Queries are taken a chunk at a time against the union of the rows that the chunk selected, so memory stays bounded
+and a row is decoded once a chunk. Every query of a chunk is scored against the whole union and masked to its own
+selection: more arithmetic than a gather, but matrix products instead of scattered reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from evalkit.attention.backends.base import Backend, backends
+from evalkit.kv import RowFormat, Scales
+
+SCORES_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27}  # elements of [t, H, rows] held at once
+ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
+
+
+@backends.register
+class Reference(Backend):
+    name = "reference"
+    kernel = "torch float32 scores, softmax and sums"
+
+    def unavailable_because(self, format: RowFormat, device: torch.device, heads: int, topk: int) -> str | None:
+        return None
+
+    def attend(
+        self,
+        q_latent: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        format: RowFormat,
+        indices: Tensor,
+        sm_scale: float,
+        scales: Scales,
+        read_scale: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Backend.attend`; `read_scale` reads stored scales with another reader's rounding."""
+        slots = cache.numel() // format.row_bytes
+
+        def rows(used: Tensor) -> tuple[Tensor, Tensor]:
+            if read_scale is None:
+                return format.load(cache, used, scales)
+            return format.load(cache, used, scales, read_scale)
+
+        return _attend(q_latent, q_rope, rows, slots, indices, sm_scale)
+
+    def attend_rows(
+        self, q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, indices: Tensor, sm_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Exact attention over decoded rows latent [N, C] and rope [N, R]; `indices` [T, K] are their numbers."""
+        return _attend(
+            q_latent, q_rope, lambda used: (latent[used], rope[used]), latent.shape[0], indices, sm_scale
+        )
+
+
+def _attend(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    rows: Callable[[Tensor], tuple[Tensor, Tensor]],
+    row_count: int,
+    indices: Tensor,
+    sm_scale: float,
+) -> tuple[Tensor, Tensor]:
+    length, heads, width = q_latent.shape
+    out = torch.zeros_like(q_latent)
+    lse = q_latent.new_full((length, heads), -torch.inf, dtype=torch.float32)
+    device = q_latent.device.type
+    widest = max(1, min(row_count, ROWS_PER_CHUNK[device] * indices.shape[1]))
+    step = max(1, min(ROWS_PER_CHUNK[device], SCORES_PER_CHUNK[device] // (heads * widest)))
+    query = torch.cat([q_latent, q_rope], -1)  # [T, H, C + R]
+    pending = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    while pending:
+        part = pending.pop()
+        used, counts = _union(indices[part].long(), row_count)
+        if used.numel() == 0:
+            continue
+        latent, rope = (x.float() for x in rows(used))  # [U, C], [U, R]
+        keys = torch.cat([latent, rope], -1)
+        if part.stop - part.start > 1 and not bool(keys.isfinite().all()):
+            # 0 · NaN is NaN: only alone do the queries that did not select a non-finite row stay clean of it.
+            pending += [slice(one, one + 1) for one in range(part.start, part.stop)]
+            continue
+        scores = (query[part].float().flatten(0, 1) @ keys.T).mul_(sm_scale).view(-1, heads, used.numel())
+        times = counts[:, None]  # [t, 1, U]
+        scores = torch.where(times > 0, scores + times.clamp(min=1).log(), -torch.inf)
+        total = scores.logsumexp(-1, keepdim=True)
+        # -inf - -inf is NaN: a query without any valid row keeps weight 0 everywhere.
+        weights = (scores - total.clamp(min=torch.finfo(torch.float32).min)).exp_()
+        out[part] = (weights.flatten(0, 1) @ latent).view(-1, heads, width).to(out.dtype)
+        lse[part] = total.squeeze(-1)
+    return out, lse
+
+
+def _union(indices: Tensor, row_count: int) -> tuple[Tensor, Tensor]:
+    """The rows that any query selects, [U] ascending, and how often each query selects each of them, [t, U]."""
+    valid = indices >= 0
+    spare = indices.where(valid, row_count)  # invalid entries are counted in a column that is cut off
+    present = torch.zeros(row_count + 1, dtype=torch.bool, device=indices.device)
+    present[spare.flatten()] = True
+    used = present[:row_count].nonzero().squeeze(-1)
+    column = present.cumsum(0) - 1
+    column[row_count] = used.numel()
+    counts = torch.zeros(indices.shape[0], used.numel() + 1, device=indices.device)
+    counts.scatter_add_(1, column[spare], torch.ones_like(counts[:, :1]).expand(spare.shape))
+    return used, counts[:, :-1]

@@ -1,0 +1,179 @@
+"""`PagedCache`: rows of one candidate in pages, under the interface that transformers' models and generate() use.
+
+Token column j of sequence b lives in slot `block_table[b, j // 64] * 64 + j % 64`. Padding has columns, so that
+columns line up with transformers' attention mask, but its slots are never written. Each layer tracks its own length:
+layers can be advanced one after the other over all chunks, or all layers chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from evalkit.kv import RowFormat
+
+if TYPE_CHECKING:
+    from evalkit.attention.path import PathState
+
+BLOCK = 64
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer's rows and indexer keys."""
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, format: RowFormat) -> None:
+        super().__init__()
+        self.format = format
+        self.reset()
+
+    def reset(self) -> None:
+        self.length = 0
+        self.block_table = torch.empty(0, 0, dtype=torch.int64)  # [B, blocks]
+        self.rows: Tensor | None = None
+        self.index_keys: Tensor | None = None  # [slots, 128], the model's dtype or e4m3
+        self.index_scale: Tensor | None = None  # [slots] float32, where keys are e4m3
+
+    def extend(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Make room for `length` more columns of each sequence; returns their slots [B, length]."""
+        if self.length == 0 and self.block_table.shape[0] != batch:
+            self.block_table = torch.empty(batch, 0, dtype=torch.int64, device=device)
+            self.rows = None
+        if self.block_table.shape[0] != batch:
+            raise ValueError(f"the cache holds {self.block_table.shape[0]} sequences, this step has {batch}")
+        start, self.length = self.length, self.length + length
+        missing = -(-self.length // BLOCK) - self.block_table.shape[1]
+        if missing > 0:
+            used = self.block_table.numel()
+            self._reserve(used + batch * missing, device)
+            fresh = torch.arange(used, used + batch * missing, device=device).view(batch, missing)
+            self.block_table = torch.cat([self.block_table, fresh], 1)
+        return self.slots(start, self.length)
+
+    def slots(self, start: int, stop: int) -> Tensor:
+        """Slots of columns start to stop, [B, stop - start] int64."""
+        columns = torch.arange(start, stop, device=self.block_table.device)
+        return self.block_table[:, columns // BLOCK] * BLOCK + columns % BLOCK
+
+    def store_index(self, slots: Tensor, keys: Tensor, scale: Tensor | None = None) -> None:
+        """Keep indexer keys [n, 128] (and their scale [n]) at `slots` [n]."""
+        capacity = self.capacity * BLOCK
+        if self.index_keys is None or self.index_keys.shape[0] < capacity:
+            self.index_keys = _grown(self.index_keys, keys.new_zeros(capacity, keys.shape[-1]))
+            if scale is not None:
+                self.index_scale = _grown(self.index_scale, scale.new_zeros(capacity))
+        self.index_keys[slots] = keys
+        if scale is not None and self.index_scale is not None:
+            self.index_scale[slots] = scale
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that the rows have room for."""
+        return 0 if self.rows is None else self.rows.numel() // (self.format.row_bytes * BLOCK)
+
+    def _reserve(self, blocks: int, device: torch.device) -> None:
+        if blocks <= self.capacity:
+            return
+        held = self.capacity
+        rows = self.format.allocate(max(blocks, 2 * held) * BLOCK, BLOCK, device)
+        if self.rows is not None:
+            everything = torch.arange(held, device=device)
+            _copy_blocks(self.format, rows, everything, self.rows, everything)
+        self.rows = rows
+
+    def take(self, sequences: Tensor) -> None:
+        """Keep the given sequences, each with blocks of its own, so that copies can diverge."""
+        if self.rows is None:
+            return
+        held = self.block_table[sequences.to(self.block_table.device)]  # [B', blocks]
+        fresh = torch.arange(held.numel(), device=held.device).view_as(held)
+        rows = self.format.allocate(held.numel() * BLOCK, BLOCK, held.device)
+        _copy_blocks(self.format, rows, fresh.flatten(), self.rows, held.flatten())
+        slots = (held[..., None] * BLOCK + torch.arange(BLOCK, device=held.device)).flatten()
+        self.rows, self.block_table = rows, fresh
+        self.index_keys = None if self.index_keys is None else self.index_keys[slots]
+        self.index_scale = None if self.index_scale is None else self.index_scale[slots]
+
+    # transformers' interface
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise TypeError("a PagedCache layer is written by the sparse MLA path only")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise TypeError("a PagedCache is read by the sparse MLA path only: load the model with evalkit.load")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length = max(0, self.length - abs(tokens_to_remove))  # its blocks stay with their sequence
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.take(torch.arange(self.block_table.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.take(indices)
+
+
+class PagedCache(Cache):
+    """The paged rows of every layer, and with them the `PathState` of the candidate that wrote them."""
+
+    def __init__(self, state: PathState) -> None:
+        super().__init__(layers=state.layers)
+        self.state = state
+
+    def reset(self) -> None:
+        super().reset()
+        self.state.valid = None
+        self.state.selections.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.state.valid is not None:
+            self.state.valid = self.state.valid[:, : self.get_seq_length()]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._take_valid(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        sequences = torch.arange(self.layers[0].block_table.shape[0])
+        super().batch_repeat_interleave(repeats)
+        self._take_valid(sequences.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._take_valid(indices)
+
+    def _take_valid(self, sequences: Tensor) -> None:
+        if self.state.valid is not None:
+            self.state.valid = self.state.valid[sequences.to(self.state.valid.device)]
+
+
+def _grown(old: Tensor | None, new: Tensor) -> Tensor:
+    if old is not None:
+        new[: old.shape[0]] = old
+    return new
+
+
+def _copy_blocks(format: RowFormat, to: Tensor, to_blocks: Tensor, source: Tensor, blocks: Tensor) -> None:
+    """Copy whole blocks between two caches of one format."""
+    for target, plane in zip(format.byte_planes(to), format.byte_planes(source), strict=True):
+        target.unflatten(0, (-1, BLOCK))[to_blocks] = plane.unflatten(0, (-1, BLOCK))[blocks]

@@ -1,0 +1,301 @@
+"""The sparse MLA path of one layer: projections, ropes, cache write, indexer, top-k, absorbed attention, output.
+
+It replaces a transformers `deepseek_v32` or `glm_moe_dsa` attention module and keeps that module's submodules, so a
+state dict does not change. The module holds weights only. What belongs to a candidate (rows, scales, last selection)
+is a `PathState`, which arrives with the cache; many candidates advance through one set of weights.
+
+Rows hold the rope interleaved, as the checkpoints' projections emit it and as vLLM stores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from evalkit import kv
+from evalkit.attention import backends
+from evalkit.attention.cache import PagedCache, PagedLayer
+from evalkit.attention.indexer import index_scores, quantize_ue8m0
+from evalkit.attention.selection import top_k
+from evalkit.candidate import Candidate
+from evalkit.kv import RowFormat, Scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """One backend call: its arguments as in `Backend.attend`, and what it returned."""
+
+    q_latent: Tensor  # [T, H, C]
+    q_rope: Tensor  # [T, H, R]
+    cache: Tensor  # uint8 pages
+    format: RowFormat
+    indices: Tensor  # [T, K] int32 slots, -1 where none
+    sm_scale: float
+    scales: Scales
+    out: Tensor  # [T, H, C]
+    lse: Tensor  # [T, H] float32
+
+
+class Observer(Protocol):
+    """Sees the tensors that it names in `probes`, one call a layer and step, rows flattened to [B * T, ...]."""
+
+    @property
+    def probes(self) -> frozenset[str]: ...
+    def tensor(self, probe: str, layer: int, value: Tensor) -> None: ...
+    def attention(self, layer: int, call: AttentionCall) -> None: ...
+
+
+@dataclass(kw_only=True, eq=False)
+class PathState:
+    """All that one candidate carries from step to step.
+
+    rounding: dtype that query, latent, rope and attention output are rounded to while the model computes in a wider
+        one; None where the model computes in its own.
+    valid: [B, S] bool, False at padding; None where every column is a token.
+    selections: the last full indexer's columns by first column of the step, for layers that share its selection.
+    forced_selection: by layer, columns [B, S, K] to attend instead of the indexer's, one row for every column.
+    forced_routing: by layer, experts [B, S, E] to use instead of the router's.
+    """
+
+    candidate: Candidate
+    scales: Mapping[int, Scales]
+    layer_count: int
+    rounding: torch.dtype | None = None
+    observer: Observer | None = None
+    forced_selection: Mapping[int, Tensor] | None = None
+    forced_routing: Mapping[int, Tensor] | None = None
+    valid: Tensor | None = None
+    selections: dict[int, Tensor] = field(default_factory=dict)
+    selected_by: int = -1
+    layers: list[PagedLayer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.format = kv.get(self.candidate.format)
+        self.backend = backends.get(self.candidate.backend)
+        self.layers = [PagedLayer(self.format) for _ in range(self.layer_count)]
+
+    def wants(self, probe: str) -> bool:
+        """Whether someone looks at this probe: costly ones are computed only then."""
+        return self.observer is not None and probe in self.observer.probes
+
+    def emit(self, probe: str, layer: int, value: Tensor) -> None:
+        """Hand a tensor [B, T, ...] to the observer, if it wants it, as rows."""
+        if self.observer is not None and probe in self.observer.probes:
+            self.observer.tensor(probe, layer, value.flatten(0, 1))
+
+    def round(self, x: Tensor) -> Tensor:
+        """x as the server's dtype would hold it."""
+        return x if self.rounding is None else x.to(self.rounding).to(x.dtype)
+
+    def keep_selection(self, layer: int, start: int, columns: Tensor) -> None:
+        """Remember a full indexer's selection for the layers that share it."""
+        if layer != self.selected_by:
+            self.selections.clear()
+            self.selected_by = layer
+        self.selections[start] = columns
+
+
+class SparseMLA(nn.Module):
+    """The path's weights. Built from a transformers attention module, whose submodules it takes over."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        config = attention.config
+        self.config, self.layer_idx = config, int(attention.layer_idx)
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self.heads = config.num_attention_heads
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.latent = config.kv_lora_rank
+        self.sm_scale = float(attention.scaling)
+        self.is_glm = config.model_type == "glm_moe_dsa"
+        self.step: tuple[PathState, int] | None = None  # state and first column of the step in progress
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: PagedCache | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, ...]:
+        """hidden_states [B, T, D] -> output [B, T, D]; the rows of these T tokens are appended to the cache.
+
+        `attention_mask` is ignored: causality and padding come from the cache's columns and `PathState.valid`.
+        """
+        if not isinstance(past_key_values, PagedCache):
+            raise TypeError("SparseMLA needs a PagedCache; call the model, or pass model.evalkit.new_cache()")
+        state = past_key_values.state
+        rows = state.layers[self.layer_idx]
+        batch, length, _ = hidden_states.shape
+        start = rows.length
+        slots = rows.extend(batch, length, hidden_states.device)  # [B, T]
+        written = slots if state.valid is None else slots.where(state.valid[:, start : rows.length], -1)
+        self.step = (state, start)
+
+        q_resid, q_latent, q_rope, latent, rope = self._project(hidden_states, position_embeddings, state)
+        self._write(state, rows, written.flatten(), latent, rope)
+        columns = self._select(hidden_states, q_resid, position_embeddings, state, slots, start)
+        indices = _slots_of(columns, rows.slots(0, rows.length))
+
+        assert rows.rows is not None
+        scales = state.scales.get(self.layer_idx, Scales())
+        q_latent, q_rope = q_latent.flatten(0, 1), q_rope.flatten(0, 1)  # [B * T, H, C | R]
+        out, lse = state.backend.attend(
+            q_latent, q_rope, rows.rows, state.format, indices, self.sm_scale, scales
+        )
+        out = state.round(out)
+        if state.observer is not None:
+            state.observer.attention(
+                self.layer_idx,
+                AttentionCall(
+                    q_latent=q_latent,
+                    q_rope=q_rope,
+                    cache=rows.rows,
+                    format=state.format,
+                    indices=indices,
+                    sm_scale=self.sm_scale,
+                    scales=scales,
+                    out=out,
+                    lse=lse,
+                ),
+            )
+        values = torch.einsum("thc,hvc->thv", out, self._up_projections()[1])
+        output = self.o_proj(values.reshape(batch, length, -1))
+
+        for probe, value in (("selection", columns), ("attention", out.unflatten(0, (batch, length)))):
+            state.emit(probe, self.layer_idx, value)
+        state.emit("values", self.layer_idx, values.unflatten(0, (batch, length)))
+        state.emit("output", self.layer_idx, output)
+        return (output, None, None) if self.is_glm else (output, None)  # type: ignore[return-value]
+
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """kv_b's two halves, views of its weight: W_UK [H, nope, C] and W_UV [H, V, C]."""
+        up = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, self.latent)
+        return up[:, : self.nope], up[:, self.nope :]
+
+    def _project(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], state: PathState
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q_resid [B, T, Q], q_latent [B, T, H, C], q_rope [B, T, H, R], latent [B, T, C], rope [B, T, R]."""
+        cos, sin = position_embeddings
+        q_resid = self.q_a_layernorm(self.q_a_proj(hidden))
+        query = self.q_b_proj(q_resid).unflatten(-1, (self.heads, self.nope + self.rope))
+        q_nope, q_rope = query.split([self.nope, self.rope], -1)
+        q_latent = torch.einsum("bthn,hnc->bthc", q_nope, self._up_projections()[0])
+        latent, rope = self.kv_a_proj_with_mqa(hidden).split([self.latent, self.rope], -1)
+        return (
+            q_resid,
+            state.round(q_latent),
+            state.round(rotate_interleaved(q_rope, cos[:, :, None], sin[:, :, None])),
+            state.round(self.kv_a_layernorm(latent)),
+            state.round(rotate_interleaved(rope, cos, sin)),
+        )
+
+    def _write(self, state: PathState, rows: PagedLayer, slots: Tensor, latent: Tensor, rope: Tensor) -> None:
+        assert rows.rows is not None
+        scales = state.scales.get(self.layer_idx, Scales())
+        state.format.store(rows.rows, slots, latent.flatten(0, 1), rope.flatten(0, 1), scales)
+        if state.wants("latent") or state.wants("rope"):
+            read = state.format.load(rows.rows, slots.clamp(min=0), scales, state.backend.read_scale)
+            for probe, value in zip(("latent", "rope"), read, strict=True):
+                state.emit(probe, self.layer_idx, value.unflatten(0, latent.shape[:2]))
+
+    def _select(
+        self,
+        hidden: Tensor,
+        q_resid: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        state: PathState,
+        slots: Tensor,
+        start: int,
+    ) -> Tensor:
+        """Columns [B, T, K] that each query attends, ascending, -1 where it has fewer."""
+        length = hidden.shape[1]
+        indexer = getattr(self, "indexer", None)
+        if indexer is None:  # GLM: this layer shares the last full layer's selection
+            if start not in state.selections:
+                raise ValueError(f"layer {self.layer_idx} shares a selection that no earlier layer made")
+            columns = state.selections[start]
+        else:
+            scores = self._index(indexer, hidden, q_resid, position_embeddings, state, slots)
+            scores = scores.masked_fill(~self._visible(state, start, length, scores.device), -torch.inf)
+            state.emit("index_scores", self.layer_idx, scores)
+            columns = top_k(scores.flatten(0, 1), self.config.index_topk).view(*scores.shape[:2], -1)
+            state.keep_selection(self.layer_idx, start, columns)
+        if state.forced_selection is not None and self.layer_idx in state.forced_selection:
+            columns = state.forced_selection[self.layer_idx][:, start : start + length]
+        return columns
+
+    def _visible(self, state: PathState, start: int, length: int, device: torch.device) -> Tensor:
+        """[B or 1, T, S] bool: the columns that each of the step's queries may attend."""
+        columns = torch.arange(start + length, device=device)
+        causal = columns <= columns[start:, None]  # [T, S]
+        if state.valid is None:
+            return causal[None]
+        valid = state.valid[:, : start + length]
+        return causal & valid[:, None, :] & valid[:, start:, None]
+
+    def _index(
+        self,
+        indexer: Any,
+        hidden: Tensor,
+        q_resid: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        state: PathState,
+        slots: Tensor,
+    ) -> Tensor:
+        """Index scores [B, T, S] float32; the keys of this step are appended to the layer's."""
+        rows = state.layers[self.layer_idx]
+        rotate = rotate_interleaved if self.is_glm else rotate_halves
+        cos, sin = position_embeddings
+        query = indexer.wq_b(q_resid).unflatten(-1, (self.config.index_n_heads, -1))  # [B, T, I, 128]
+        query = torch.cat(
+            [rotate(query[..., : self.rope], cos[:, :, None], sin[:, :, None]), query[..., self.rope :]], -1
+        )
+        keys = indexer.k_norm(indexer.wk(hidden))  # [B, T, 128]
+        keys = torch.cat([rotate(keys[..., : self.rope], cos, sin), keys[..., self.rope :]], -1)
+        weights = indexer.weights_proj(hidden.to(indexer.weights_proj.weight.dtype)).float()
+        weights = weights * (self.config.index_n_heads**-0.5 * self.config.index_head_dim**-0.5)
+
+        cached = rows.slots(0, rows.length)  # [B, S]
+        if state.candidate.index == "model":
+            rows.store_index(slots.flatten(), keys.flatten(0, 1))
+            assert rows.index_keys is not None
+            return index_scores(query, rows.index_keys[cached], weights)
+        rows.store_index(slots.flatten(), *quantize_ue8m0(keys.flatten(0, 1)))
+        assert rows.index_keys is not None
+        assert rows.index_scale is not None
+        sent = quantize_ue8m0(query)
+        return index_scores(
+            sent.codes, rows.index_keys[cached], weights * sent.scale, rows.index_scale[cached]
+        )
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (x0, x1), (x2, x3), … of x [..., R]; cos and sin [..., R] repeat their first half.
+
+    The result stays interleaved; transformers' helper returns even dimensions first, then odd ones.
+    """
+    half = cos.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (x0, x32), (x1, x33), … of x [..., R]: DeepSeek-V3.2's indexer."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def _slots_of(columns: Tensor, slots: Tensor) -> Tensor:
+    """columns [B, T, K] and slots [B, S] -> [B * T, K] int32 slots, -1 kept."""
+    batch, length, selected = columns.shape
+    flat = columns.clamp(min=0).view(batch, -1)
+    found = slots.gather(1, flat).view(batch, length, selected)
+    return found.where(columns >= 0, -1).flatten(0, 1).int()

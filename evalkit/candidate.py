@@ -1,0 +1,71 @@
+"""A candidate: which KV format, scaled how, read by which backend, written `format[:scales]@backend[+key=value]`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from evalkit.errors import InputError
+
+SCALES = ("one", "checkpoint", "calibrated")
+KEYS = {"index": ("model", "fp8"), "read": ("native",)}
+EXAMPLE = "fp8_e4m3:one@flashinfer+index=fp8"
+BEST = "best"  # backend of a candidate written without `@`: the first that can run here
+
+_PATTERN = re.compile(r"(?P<format>\w+)(:(?P<scales>\w+))?(@(?P<backend>\w+))?(?P<options>(\+\w+=\w+)*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to store and read the KV cache.
+
+    format: how a token's latent and rope are stored, vLLM's name or an alias of it.
+    scales: where a per-tensor scale comes from; `one` is 1.0.
+    backend: what reads the rows and attends; `best` until it is resolved for a device.
+    index: how indexer keys are stored: `model` (the model's dtype) or `fp8` (as vLLM does at every cache dtype).
+    read: `native`, the kernel reads the rows themselves.
+    """
+
+    format: str
+    scales: str = "one"
+    backend: str = BEST
+    index: str = "model"
+    read: str = "native"
+
+    @classmethod
+    def parse(cls, text: str) -> Candidate:
+        """Read `format[:scales]@backend[+key=value]`, e.g. `fp8_e4m3:one@flashinfer+index=fp8`.
+
+        Raises:
+            InputError: the text has another form, or names an unknown scale source, key or value.
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise InputError(f"candidate {text!r} is not format[:scales][@backend][+key=value], e.g. {EXAMPLE}")
+        scales = match["scales"] or "one"
+        if scales not in SCALES:
+            raise InputError(f"candidate {text!r}: scales {scales!r} is not one of {', '.join(SCALES)}")
+        options: dict[str, str] = {}
+        for option in filter(None, match["options"].split("+")):
+            key, value = option.split("=")
+            if key not in KEYS:
+                raise InputError(f"candidate {text!r}: unknown key {key!r}; known: {', '.join(KEYS)}")
+            if value not in KEYS[key]:
+                raise InputError(f"candidate {text!r}: {key}={value} is not one of {', '.join(KEYS[key])}")
+            if key in options:
+                raise InputError(f"candidate {text!r}: key {key!r} appears twice")
+            options[key] = value
+        return cls(format=match["format"], scales=scales, backend=match["backend"] or BEST, **options)
+
+    def on(self, backend: str, format: str) -> Candidate:
+        """The same candidate with its backend and format resolved to real names."""
+        return replace(self, backend=backend, format=format)
+
+    def __str__(self) -> str:
+        from evalkit import kv
+
+        known = self.format in kv.names()
+        scaled = self.scales != "one" or (known and kv.get(self.format).uses_scales)
+        text = self.format + (f":{self.scales}" if scaled else "") + f"@{self.backend}"
+        text += "+index=fp8" if self.index != "model" else ""
+        return text + (f"+read={self.read}" if self.read != "native" else "")

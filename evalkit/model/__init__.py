@@ -1,0 +1,1 @@
+"""Checkpoints as transformers models whose attention runs the sparse MLA path."""

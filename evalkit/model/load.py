@@ -1,0 +1,146 @@
+"""Loads a checkpoint as a transformers model with the sparse MLA path grafted on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from evalkit import kv
+from evalkit.candidate import Candidate
+from evalkit.errors import InputError
+from evalkit.kv import Scales
+from evalkit.model.graft import ARCHITECTURES, Graft
+
+EMBEDDED = Path(__file__).parent.parent / "checkpoints"
+
+
+def resolve_checkpoint(checkpoint: str | Path) -> Path:
+    """The directory of a checkpoint: a path, or the name of one that evalkit carries (`dsa-nano`).
+
+    Raises:
+        InputError: there is no such directory, it has no config.json of a supported architecture, or a weights
+            file is missing or truncated; the line names the file.
+    """
+    embedded = EMBEDDED / str(checkpoint)
+    directory = embedded if embedded.is_dir() else Path(checkpoint)
+    if not directory.is_dir():
+        known = ", ".join(sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir()))
+        raise InputError(f"no checkpoint at {checkpoint}: give a directory with config.json, or one of: {known}")
+    config = _read_json(directory / "config.json")
+    if config.get("model_type") not in ARCHITECTURES:
+        raise InputError(
+            f"{directory}/config.json has model_type {config.get('model_type')!r}; "
+            f"evalkit runs {', '.join(ARCHITECTURES)}"
+        )
+    for name, wanted in (("kv_lora_rank", 512), ("qk_rope_head_dim", 64)):
+        if config.get(name, wanted) != wanted:
+            raise InputError(f"{directory}/config.json has {name} {config[name]}; the row formats hold {wanted}")
+    for file in weight_files(directory):
+        _check_weights(file)
+    return directory
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, as its index lists them. Raises InputError where one is missing."""
+    index = directory / "model.safetensors.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for name in names:
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} lacks the weights file {name}")
+    return [directory / name for name in names]
+
+
+def checkpoint_sha256(directory: Path) -> str:
+    """SHA-256 over config.json and the weight files, names and contents, in order."""
+    total = hashlib.sha256()
+    for file in [directory / "config.json", *weight_files(directory)]:
+        with file.open("rb") as stream:
+            total.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def load(
+    checkpoint: str | Path,
+    candidate: Candidate | str = "bf16@reference",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    scales: Mapping[int, Scales] | None = None,
+) -> Any:
+    """A transformers `…ForCausalLM` whose attention stores and reads its cache as `candidate` says.
+
+    Args:
+        checkpoint: directory of a DeepSeek-V3.2 or GLM-MoE-DSA checkpoint, or an embedded one's name.
+        candidate: see `evalkit.candidate`. Without a backend, the first that can run on `device`.
+        device: default: the GPU where there is one.
+        dtype: default: bfloat16 on a GPU. On a CPU, where bf16 products are many times slower, the weights compute
+            in float32 with query, latent, rope and attention output rounded to bf16; an explicit float32 rounds
+            nothing.
+        scales: layer -> Scales, for `calibrated`.
+
+    Returns:
+        The model in eval mode. `forward` and `generate` work as always; `model.evalkit` is its `Graft`.
+
+    Raises:
+        InputError: the checkpoint, the candidate or the scales do not fit; nothing has been loaded.
+    """
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    wanted = Candidate.parse(candidate) if isinstance(candidate, str) else candidate
+    directory = resolve_checkpoint(checkpoint)
+    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {place} was asked for and torch sees no GPU: use --device cpu")
+    compute = dtype if dtype is not None else torch.bfloat16 if place.type == "cuda" else torch.float32
+    rounding = torch.bfloat16 if dtype is None and place.type == "cpu" else None
+    if wanted.scales == "calibrated" and scales is None:
+        raise InputError(f"{candidate}: calibrated scales are not stored anywhere; pass scales={{layer: Scales}}")
+    if wanted.scales == "checkpoint":
+        scales = kv.from_checkpoint(directory)
+
+    options: dict[str, Any] = {"dtype": compute, "attn_implementation": "eager"}
+    if "quantization_config" in _read_json(directory / "config.json"):
+        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    model = AutoModelForCausalLM.from_pretrained(directory, **options).to(place).eval()
+    return graft(model, wanted, scales=scales, rounding=rounding)
+
+
+def graft(
+    model: Any,
+    candidate: Candidate | str = "bf16@reference",
+    scales: Mapping[int, Scales] | None = None,
+    rounding: torch.dtype | None = None,
+) -> Any:
+    """Graft the path onto a loaded model and make `candidate` its own; returns the model."""
+    model.evalkit = Graft(model, rounding)
+    model.evalkit.scales = dict(scales or {})
+    model.evalkit.candidate = model.evalkit.resolve(candidate)
+    model.evalkit.new_cache()  # refuses missing scales now, not at the first token
+    return model
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{file.parent} is not a checkpoint: it has no {file.name}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise InputError(f"{file} holds a {type(parsed).__name__}, not an object")
+    return parsed
+
+
+def _check_weights(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{file} is truncated or not safetensors: {error}") from None
