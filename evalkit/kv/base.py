@@ -37,11 +37,11 @@ class RowFormat(ABC):
 
     @abstractmethod
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
-        """latent [T, C], rope [T, R] -> rows [T, row_bytes] uint8, as the real writer makes them."""
+        """The rows [T, row_bytes] uint8 that the real writer makes of latent [T, C] and rope [T, R]."""
 
     @abstractmethod
     def decode(self, rows: Tensor, scales: Scales, read_scale: ReadScale) -> tuple[Tensor, Tensor]:
-        """rows [T, row_bytes] uint8 -> latent [T, C], rope [T, R] float32; scales pass through `read_scale`."""
+        """What rows [T, row_bytes] uint8 hold: latent [T, C], rope [T, R] float32; scales pass through `read_scale`."""
 
     @abstractmethod
     def planes(self, cache: Tensor) -> Any:
@@ -59,7 +59,9 @@ class RowFormat(ABC):
         """
         if slots < 1 or page_size < 1:
             raise InputError(f"a cache of {slots} slots in pages of {page_size}: both must be at least 1")
-        return torch.zeros(-(-slots // page_size), page_size * self.row_bytes, dtype=torch.uint8, device=device)
+        return torch.zeros(
+            -(-slots // page_size), page_size * self.row_bytes, dtype=torch.uint8, device=device
+        )
 
     def store(self, cache: Tensor, slots: Tensor, latent: Tensor, rope: Tensor, scales: Scales) -> None:
         """Write token t to slots[t]; -1 is skipped, and its bytes stay. NaN is stored as NaN.
@@ -97,7 +99,9 @@ class RowFormat(ABC):
     def _check_devices(self, cache: Tensor, **tensors: Tensor) -> None:
         for what, tensor in tensors.items():
             if tensor.device != cache.device:
-                raise InputError(f"{self.name}: {what} on {tensor.device}, cache on {cache.device}: one device is right")
+                raise InputError(
+                    f"{self.name}: {what} on {tensor.device}, cache on {cache.device}: one device is right"
+                )
 
 
 formats: Registry[RowFormat] = Registry("KV format")

@@ -20,5 +20,5 @@ class Bf16(RowFormat):
         return values[:, :512], values[:, 512:]
 
     def planes(self, cache: Tensor) -> Rows:
-        """rows [N, 576] bfloat16."""
+        """View rows [N, 576] bfloat16."""
         return Rows(pages.rows_of(cache, self.row_bytes).view(torch.bfloat16))

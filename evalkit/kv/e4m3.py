@@ -13,7 +13,7 @@ def constant(value: float, like: Tensor) -> Tensor:
 
 
 def divide(values: Tensor, by: float) -> Tensor:
-    """values / by, rounded as IEEE division.
+    """The quotient values / by, rounded as IEEE division.
 
     On CUDA, tensor / python number becomes a multiplication by the reciprocal, which changes 0.1 % of the codes.
     """
@@ -24,6 +24,11 @@ def to_e4m3(values: Tensor) -> Tensor:
     """float32 -> float8_e4m3fn, nearest even, saturating at ±448; NaN stays NaN."""
     # torch below 2.13 casts what exceeds 448 to NaN on some devices. clamp keeps NaN.
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def as_tiles(latent: Tensor) -> Tensor:
+    """Cut latent [T, C] into tiles [T, C / TILE, TILE] float32."""
+    return latent.float().reshape(-1, latent.shape[-1] // TILE, TILE)
 
 
 def tile_amax(tiles: Tensor) -> Tensor:
@@ -42,10 +47,10 @@ def power_of_two_scale(tiles: Tensor) -> Tensor:
 
 
 def encode_tiles(tiles: Tensor, scale: Tensor) -> Tensor:
-    """tiles [T, n, TILE], scale [T, n] -> codes [T, n * TILE]."""
+    """Tiles [T, n, TILE], scale [T, n] -> codes [T, n * TILE]."""
     return to_e4m3(tiles / scale[..., None]).flatten(-2)
 
 
 def decode_tiles(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes [T, n * TILE] e4m3, scale [T, n] -> values [T, n * TILE] float32."""
-    return (codes.float().unflatten(-1, (-1, TILE)) * scale[..., None]).flatten(-2)
+    """Codes [T, n * TILE] e4m3, scale [T, n] -> values [T, n * TILE] float32."""
+    return (as_tiles(codes) * scale[..., None]).flatten(-2)

@@ -20,5 +20,5 @@ class Fp32(RowFormat):
         return values[:, :512], values[:, 512:]
 
     def planes(self, cache: Tensor) -> Rows:
-        """rows [N, 576] float32."""
+        """View rows [N, 576] float32."""
         return Rows(pages.rows_of(cache, self.row_bytes).view(torch.float32))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from evalkit.kv import pages
 from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
-from evalkit.kv.e4m3 import TILE, decode_tiles, encode_tiles, power_of_two_scale
+from evalkit.kv.e4m3 import as_tiles, decode_tiles, encode_tiles, power_of_two_scale
 from evalkit.kv.scales import ReadScale, Scales
 
 
@@ -17,19 +17,19 @@ class Fp8DsMla(RowFormat):
     name, row_bytes = "fp8_ds_mla", 656
 
     def tile_scale(self, tiles: Tensor) -> Tensor:
-        """tiles [T, 4, TILE] -> scale [T, 4] float32: the write rule."""
+        """The write rule: tiles [T, 4, TILE] -> scale [T, 4] float32."""
         return power_of_two_scale(tiles)
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
-        tiles = latent.float().unflatten(-1, (4, TILE))
+        tiles = as_tiles(latent)
         scale = self.tile_scale(tiles)
         return as_bytes(encode_tiles(tiles, scale), scale, rope.bfloat16())
 
     def decode(self, rows: Tensor, scales: Scales, read_scale: ReadScale) -> tuple[Tensor, Tensor]:
-        codes, scale, rope = rows.split([512, 16, 128], -1)
+        codes, scale, rope = rows.split_with_sizes([512, 16, 128], -1)
         latent = decode_tiles(codes.view(torch.float8_e4m3fn), read_scale(scale.view(torch.float32)))
         return latent, rope.view(torch.bfloat16).float()
 
     def planes(self, cache: Tensor) -> Rows:
-        """rows [pages, page_size, 656] uint8."""
+        """View rows [pages, page_size, 656] uint8."""
         return Rows(pages.rows_of(cache, self.row_bytes).view(len(cache), -1, self.row_bytes))

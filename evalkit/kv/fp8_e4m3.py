@@ -18,13 +18,17 @@ class Fp8E4m3(RowFormat):
     name, row_bytes, uses_scales = "fp8_e4m3", 576, True
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
-        return as_bytes(to_e4m3(divide(latent.float(), scales.latent)), to_e4m3(divide(rope.float(), scales.rope)))
+        return as_bytes(
+            to_e4m3(divide(latent.float(), scales.latent)), to_e4m3(divide(rope.float(), scales.rope))
+        )
 
     def decode(self, rows: Tensor, scales: Scales, read_scale: ReadScale) -> tuple[Tensor, Tensor]:
         values = rows.view(torch.float8_e4m3fn).float()
-        latent_scale, rope_scale = (read_scale(constant(scale, values)) for scale in (scales.latent, scales.rope))
+        latent_scale, rope_scale = (
+            read_scale(constant(scale, values)) for scale in (scales.latent, scales.rope)
+        )
         return values[:, :512] * latent_scale, values[:, 512:] * rope_scale
 
     def planes(self, cache: Tensor) -> Rows:
-        """rows [N, 576] float8_e4m3fn."""
+        """View rows [N, 576] float8_e4m3fn."""
         return Rows(pages.rows_of(cache, self.row_bytes).view(torch.float8_e4m3fn))

@@ -12,7 +12,15 @@ from torch import Tensor
 from evalkit.errors import InputError
 from evalkit.kv import pages
 from evalkit.kv.base import RowFormat, as_bytes, formats
-from evalkit.kv.e4m3 import TILE, constant, decode_tiles, divide, encode_tiles, power_of_two_scale, to_e4m3
+from evalkit.kv.e4m3 import (
+    as_tiles,
+    constant,
+    decode_tiles,
+    divide,
+    encode_tiles,
+    power_of_two_scale,
+    to_e4m3,
+)
 from evalkit.kv.scales import ReadScale, Scales
 
 
@@ -29,12 +37,12 @@ class Fp8Group128(RowFormat):
     name, row_bytes, uses_scales = "fp8_group128", 592, True
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
-        tiles = latent.float().unflatten(-1, (4, TILE))
+        tiles = as_tiles(latent)
         scale = power_of_two_scale(tiles)
         return as_bytes(encode_tiles(tiles, scale), to_e4m3(divide(rope.float(), scales.rope)), scale)
 
     def decode(self, rows: Tensor, scales: Scales, read_scale: ReadScale) -> tuple[Tensor, Tensor]:
-        codes, rope, scale = rows.split([512, 64, 16], -1)
+        codes, rope, scale = rows.split_with_sizes([512, 64, 16], -1)
         latent = decode_tiles(codes.view(torch.float8_e4m3fn), read_scale(scale.view(torch.float32)))
         return latent, rope.view(torch.float8_e4m3fn).float() * read_scale(constant(scales.rope, rows))
 
@@ -46,9 +54,11 @@ class Fp8Group128(RowFormat):
         slots = len(pages.rows_of(cache, self.row_bytes))
         if len(cache) != 1:
             raise InputError(f"{self.name}: a cache of {len(cache)} pages: its planes need exactly one")
-        latent, rope, scale = cache.view(-1).split([slots * 512, slots * 64, slots * 16])
+        latent, rope, scale = cache.view(-1).split_with_sizes([slots * 512, slots * 64, slots * 16])
         return latent.view(slots, 512), rope.view(slots, 64), scale.view(slots, 16)
 
     def planes(self, cache: Tensor) -> Planes:
         latent, rope, scale = self.byte_planes(cache)
-        return Planes(latent.view(torch.float8_e4m3fn), rope.view(torch.float8_e4m3fn), scale.view(torch.float32))
+        return Planes(
+            latent.view(torch.float8_e4m3fn), rope.view(torch.float8_e4m3fn), scale.view(torch.float32)
+        )

@@ -13,12 +13,17 @@ from evalkit.errors import InputError
 
 
 def rows_of(cache: Tensor, row_bytes: int) -> Tensor:
-    """cache [pages, page_bytes] -> its rows [slots, row_bytes], sharing memory.
+    """The rows [slots, row_bytes] of a cache [pages, page_bytes], sharing its memory.
 
     Raises:
         InputError: the cache is not contiguous uint8 pages of whole rows.
     """
-    if cache.dtype != torch.uint8 or cache.dim() != 2 or not cache.is_contiguous() or cache.shape[1] % row_bytes:
+    if (
+        cache.dtype != torch.uint8
+        or cache.dim() != 2
+        or not cache.is_contiguous()
+        or cache.shape[1] % row_bytes
+    ):
         raise InputError(
             f"cache is {cache.dtype} {list(cache.shape)}, strides {list(cache.stride())}: contiguous torch.uint8 "
             f"[pages, page_bytes] with page_bytes a multiple of {row_bytes} is right"
@@ -56,7 +61,7 @@ def put_rows(planes: Sequence[Tensor], slots: Tensor, rows: Tensor) -> None:
     source = torch.where(written, torch.arange(len(slots), device=slots.device), written.int().argmax())
     target = slots.long()[source]
     home = target.clamp(min=0)
-    parts = rows[source].split([plane.shape[1] for plane in planes], -1)
+    parts = rows[source].split_with_sizes([plane.shape[1] for plane in planes], -1)
     for plane, part in zip(planes, parts, strict=True):
         plane.index_copy_(0, home, torch.where(target[:, None] >= 0, part, plane.index_select(0, home)))
 

@@ -62,7 +62,9 @@ def calibrate(latent_amax: float, rope_amax: float) -> Scales:
     """
     for part, amax in (("latent", latent_amax), ("rope", rope_amax)):
         if not 0 <= amax < math.inf:
-            raise InputError(f"the calibration tokens have a {part} max|x| of {amax!r}: it must be finite and >= 0")
+            raise InputError(
+                f"the calibration tokens have a {part} max|x| of {amax!r}: it must be finite and >= 0"
+            )
     amax = max(latent_amax, rope_amax)
     if amax == 0:
         raise InputError("the calibration tokens have latent and rope of zeros only: nothing to calibrate on")
@@ -90,14 +92,18 @@ def from_checkpoint(path: str | Path) -> dict[int, Scales]:
     stored: dict[int, dict[str, float]] = {layer: {} for layer in range(layers)}
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise InputError(f"{directory} holds no *.safetensors file: a checkpoint in Hugging Face layout is needed")
+        raise InputError(
+            f"{directory} holds no *.safetensors file: a checkpoint in Hugging Face layout is needed"
+        )
     for file in files:
         for layer, which, value in _scales_of(file):
             if layer in stored:
                 stored[layer][which] = value
     missing = [layer for layer, scales in stored.items() if not scales.keys() & {"k_scale", "kv_scale"}]
     if missing:
-        where = "any layer" if len(missing) == layers else f"layers {', '.join(map(str, missing))} of {layers}"
+        where = (
+            "any layer" if len(missing) == layers else f"layers {', '.join(map(str, missing))} of {layers}"
+        )
         raise InputError(
             f"{directory} stores no attn.k_scale or attn.kv_scale for {where}: use the scales 'one' or 'calibrated'"
         )
@@ -116,7 +122,9 @@ def _layer_count(directory: Path) -> int:
     try:
         layers = json.loads(config.read_text())["num_hidden_layers"]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{config} gives no num_hidden_layers ({error}): a checkpoint directory is needed") from error
+        raise InputError(
+            f"{config} gives no num_hidden_layers ({error}): a checkpoint directory is needed"
+        ) from error
     if not isinstance(layers, int) or layers < 1:
         raise InputError(f"{config} has num_hidden_layers {layers!r}: a positive integer is needed")
     return layers
@@ -125,11 +133,14 @@ def _layer_count(directory: Path) -> int:
 def _scales_of(file: Path) -> list[tuple[int, str, float]]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            found = [(match, tensors.get_tensor(key)) for key in tensors.keys() if (match := SCALE_KEY.fullmatch(key))]
+            keys = [match for key in tensors.keys() if (match := SCALE_KEY.fullmatch(key))]  # noqa: SIM118 -- no iterator
+            found = [(match, tensors.get_tensor(match[0])) for match in keys]
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error}): fetch it again") from error
     for match, tensor in found:
         if tensor.numel() != 1 or not 0 < tensor.item() < math.inf:
             shape = list(tensor.shape)
-            raise InputError(f"{match[0]} in {file} has shape {shape}, value {tensor.tolist()}: one positive number is right")
+            raise InputError(
+                f"{match[0]} in {file} has shape {shape}, value {tensor.tolist()}: one positive number is right"
+            )
     return [(int(match["layer"]), match["which"], float(tensor.item())) for match, tensor in found]

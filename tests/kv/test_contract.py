@@ -42,7 +42,9 @@ def test_values_come_back_from_the_slots_they_went_to(row_format: RowFormat, row
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_slots_of_either_integer_type_are_the_same(row_format: RowFormat, rows: Row, dtype: torch.dtype) -> None:
+def test_slots_of_either_integer_type_are_the_same(
+    row_format: RowFormat, rows: Row, dtype: torch.dtype
+) -> None:
     slots = scattered(37)
     torch.testing.assert_close(stored(row_format, slots.to(dtype), rows), stored(row_format, slots, rows))
 
@@ -50,7 +52,8 @@ def test_slots_of_either_integer_type_are_the_same(row_format: RowFormat, rows: 
 def test_strided_and_half_precision_inputs_are_taken(row_format: RowFormat, rows: Row) -> None:
     slots = torch.stack([scattered(37)] * 2, 1)[:, 0]
     latent, rope = (part.bfloat16().t().contiguous().t() for part in rows)
-    assert not (slots.is_contiguous() or latent.is_contiguous())
+    assert not slots.is_contiguous()
+    assert not latent.is_contiguous()
     assert torch.equal(stored(row_format, slots, (latent, rope)), stored(row_format, scattered(37), rows))
 
 
@@ -116,7 +119,8 @@ def test_nan_is_not_stored_as_a_number(row_format: RowFormat, bad: float) -> Non
     latent, rope = torch.ones(2, 512), torch.ones(2, 64)
     latent[1, 200], rope[1, 20] = bad, bad
     got_latent, got_rope = row_format.load(stored(row_format, slots, (latent, rope)), slots, SCALES)
-    assert bool(got_latent[0].isfinite().all()) and bool(got_rope[0].isfinite().all())
+    assert bool(got_latent[0].isfinite().all())
+    assert bool(got_rope[0].isfinite().all())
     for value in (got_latent[1, 200], got_rope[1, 20]):
         if bad != bad:
             assert bool(value.isnan())
@@ -214,7 +218,9 @@ def test_a_load_refuses_a_skipped_slot_and_a_foreign_cache(row_format: RowFormat
 def test_tensors_on_another_device_than_the_cache_are_refused(row_format: RowFormat) -> None:
     cache = row_format.allocate(96)
     with pytest.raises(InputError, match="latent on meta, cache on cpu"):
-        row_format.store(cache, torch.tensor([0]), torch.ones(1, 512, device="meta"), torch.ones(1, 64), SCALES)
+        row_format.store(
+            cache, torch.tensor([0]), torch.ones(1, 512, device="meta"), torch.ones(1, 64), SCALES
+        )
 
 
 def test_a_format_is_one_class() -> None:
@@ -239,7 +245,8 @@ def test_a_format_is_one_class() -> None:
         assert kv.names() == sorted([*before, "fp16"])
         row = (torch.full((1, 512), 0.5), torch.full((1, 64), 0.25))
         got = kv.get("fp16").load(stored(kv.get("fp16"), torch.tensor([9]), row), torch.tensor([9]), SCALES)
-        assert torch.equal(got[0], row[0]) and torch.equal(got[1], row[1])
+        assert torch.equal(got[0], row[0])
+        assert torch.equal(got[1], row[1])
     finally:
         formats.remove("fp16")
     assert kv.names() == before

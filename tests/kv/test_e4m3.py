@@ -28,7 +28,9 @@ def test_every_code_ties_and_neighbours_encode_as_the_table_says():
     table = code_values().astype(np.float32)
     ties = (table[1:] + table[:-1]) / 2
     exact = np.concatenate([table, ties])
-    values = np.concatenate([exact, np.nextafter(exact, np.float32(1e9)), np.nextafter(exact, np.float32(-1e9))])
+    values = np.concatenate(
+        [exact, np.nextafter(exact, np.float32(1e9)), np.nextafter(exact, np.float32(-1e9))]
+    )
     values = np.concatenate([values, -values, np.float32([449, 464, 465, 1e4, 3e38, np.inf, 1e-30])])
     got = to_e4m3(torch.from_numpy(values)).view(torch.uint8).numpy()
     np.testing.assert_array_equal(got, encode_by_table(values))
@@ -69,7 +71,8 @@ def test_the_power_of_two_matches_the_logarithm():
     amax = (torch.rand(5000, generator=torch.Generator().manual_seed(3)) * 40 - 20).exp2().bfloat16()
     wanted = (amax.double() / 448).clamp(min=1e-4)
     np.testing.assert_array_equal(
-        power_of_two_scale(amax.float()[:, None].expand(-1, 128)).double().numpy(), wanted.log2().ceil().exp2().numpy()
+        power_of_two_scale(amax.float()[:, None].expand(-1, 128)).double().numpy(),
+        wanted.log2().ceil().exp2().numpy(),
     )
 
 
