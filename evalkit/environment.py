@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from evalkit import __version__
 from evalkit.errors import InputError
 from evalkit.records import EnvironmentRecord
 
-PACKAGES = ("evalkit", "torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy")
+PACKAGES = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy")
 KERNEL_PACKAGES = ("flashinfer-python", "vllm")
 
 
@@ -101,7 +102,7 @@ def command_line(argv: Sequence[str]) -> str:
 
 def _packages() -> dict[str, str]:
     installed = {name: _version(name) for name in (*PACKAGES, *KERNEL_PACKAGES)}
-    return {name: version for name, version in installed.items() if version is not None}
+    return {"evalkit": __version__, **{name: version for name, version in installed.items() if version is not None}}
 
 
 def _version(name: str) -> str | None:

@@ -102,10 +102,20 @@ class PathState:
 class SparseMLA(nn.Module):
     """The path's weights. Built from a transformers attention module, whose submodules it takes over."""
 
+    # Taken over from the transformers module; `indexer` is absent where a layer shares another's selection.
+    q_a_proj: nn.Linear
+    q_a_layernorm: nn.Module
+    q_b_proj: nn.Linear
+    kv_a_proj_with_mqa: nn.Linear
+    kv_a_layernorm: nn.Module
+    kv_b_proj: nn.Linear
+    o_proj: nn.Linear
+
     def __init__(self, attention: Any) -> None:
         super().__init__()
         config = attention.config
-        self.config, self.layer_idx = config, int(attention.layer_idx)
+        self.config = config
+        self.layer_idx = int(attention.layer_idx)
         for name, child in attention.named_children():
             self.add_module(name, child)
         self.heads = config.num_attention_heads
@@ -113,7 +123,8 @@ class SparseMLA(nn.Module):
         self.latent = config.kv_lora_rank
         self.sm_scale = float(attention.scaling)
         self.is_glm = config.model_type == "glm_moe_dsa"
-        self.step: tuple[PathState, int] | None = None  # state and first column of the step in progress
+        # State and first column of the step in progress: the router that follows asks for them.
+        self.step: tuple[PathState, int] | None = None
 
     def forward(
         self,
@@ -122,7 +133,7 @@ class SparseMLA(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: PagedCache | None = None,
         **_: Any,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """hidden_states [B, T, D] -> output [B, T, D]; the rows of these T tokens are appended to the cache.
 
         `attention_mask` is ignored: causality and padding come from the cache's columns and `PathState.valid`.
@@ -171,7 +182,7 @@ class SparseMLA(nn.Module):
             state.emit(probe, self.layer_idx, value)
         state.emit("values", self.layer_idx, values.unflatten(0, (batch, length)))
         state.emit("output", self.layer_idx, output)
-        return (output, None, None) if self.is_glm else (output, None)  # type: ignore[return-value]
+        return (output, None, None) if self.is_glm else (output, None)
 
     def _up_projections(self) -> tuple[Tensor, Tensor]:
         """kv_b's two halves, views of its weight: W_UK [H, nope, C] and W_UV [H, V, C]."""

@@ -126,7 +126,9 @@ class EvalkitLM(TemplateLM):
             elif candidate is None:
                 self._new_cache = lambda: None
             else:
-                raise InputError(f"candidate {candidate} needs a model from evalkit.load, not plain transformers")
+                raise InputError(
+                    f"candidate {candidate} needs a model from evalkit.load, not plain transformers"
+                )
         self.tokenizer = tokenizer or _tokenizer(self.model.config._name_or_path)
         longest = int(self.model.config.max_position_embeddings)
         self.max_length = longest if max_length is None else _positive("max_length", max_length)
@@ -159,7 +161,9 @@ class EvalkitLM(TemplateLM):
     ) -> EvalkitLM:
         """The same from `key=value,key=value`; a value may itself hold `=`, as candidates do."""
         pairs = (pair.partition("=") for pair in arg_string.split(",") if pair)
-        return cls.create_from_arg_obj({key.strip(): value.strip() for key, _, value in pairs}, additional_config)
+        return cls.create_from_arg_obj(
+            {key.strip(): value.strip() for key, _, value in pairs}, additional_config
+        )
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Refuse lm-eval's response cache: its keys lack the model, so one candidate's answers serve another."""
@@ -180,7 +184,9 @@ class EvalkitLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -227,7 +233,10 @@ class EvalkitLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
     ) -> list[tuple[float, bool]]:
         spans = [_Span(label=_Label(None, None), context=c, continuation=t) for _, c, t in requests]
         return self._score(spans, disable_tqdm)
@@ -241,7 +250,9 @@ class EvalkitLM(TemplateLM):
         prompts = [self._prompt(request) for request in requests]
         texts = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: (-prompts[i].max_new, -len(prompts[i].ids), i))
-        with tqdm(total=len(prompts), desc="generating", unit="document", disable=disable_tqdm) as bar:
+        with tqdm(
+            total=len(prompts), desc="generating", unit="document", disable=disable_tqdm or None
+        ) as bar:
             # One budget in a batch, so that the longest prompt's check holds for every row.
             for _, same in groupby(order, key=lambda i: prompts[i].max_new):
                 for batch in _chunks(list(same), self.batch_size):
@@ -278,7 +289,9 @@ class EvalkitLM(TemplateLM):
                 f"{label}: prompt of {len(ids)} tokens + {max_new} to generate = {len(ids) + max_new}, "
                 f"over max_length {self.max_length}; shorten the prompt or max_gen_toks"
             )
-        return _Prompt(label=label, ids=ids, max_new=max_new, until=[stop for stop in wanted["until"] if stop])
+        return _Prompt(
+            label=label, ids=ids, max_new=max_new, until=[stop for stop in wanted["until"] if stop]
+        )
 
     @torch.inference_mode()
     def _generate(self, batch: list[_Prompt]) -> list[list[int]]:
@@ -323,8 +336,10 @@ class EvalkitLM(TemplateLM):
         for span in spans:
             self._check(span)
         scores = [(0.0, False)] * len(spans)
-        order = sorted(range(len(spans)), key=lambda i: (-len(spans[i].context) - len(spans[i].continuation), i))
-        with tqdm(total=len(spans), desc="scoring", unit="request", disable=disable_tqdm) as bar:
+        order = sorted(
+            range(len(spans)), key=lambda i: (-len(spans[i].context) - len(spans[i].continuation), i)
+        )
+        with tqdm(total=len(spans), desc="scoring", unit="request", disable=disable_tqdm or None) as bar:
             for batch in _chunks(order, self.batch_size):
                 ids, mask = self._left_pad([(spans[i].context + spans[i].continuation)[:-1] for i in batch])
                 cache = self._new_cache()
@@ -374,7 +389,10 @@ class EvalkitLM(TemplateLM):
     def _cover(self, label: _Label, context_tokens: int, scored_tokens: int) -> None:
         self.coverage.append(
             Coverage(
-                task=label.task, doc_id=label.doc_id, context_tokens=context_tokens, scored_tokens=scored_tokens
+                task=label.task,
+                doc_id=label.doc_id,
+                context_tokens=context_tokens,
+                scored_tokens=scored_tokens,
             )
         )
 
@@ -404,7 +422,9 @@ def lm_eval_main(argv: Sequence[str]) -> None:
     if args.command == "run":
         for cache in ("use_cache", "cache_requests"):
             if getattr(args, cache, None) or given.get(cache):
-                raise InputError(f"--{cache} does not tell candidates or generated documents apart; leave it out")
+                raise InputError(
+                    f"--{cache} does not tell candidates or generated documents apart; leave it out"
+                )
         defaults |= {
             "model": "evalkit",
             "device": "cuda" if torch.cuda.is_available() else "cpu",

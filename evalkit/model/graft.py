@@ -51,7 +51,7 @@ class Graft:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.get_input_embeddings().weight.device
+        return torch.device(self.model.device)
 
     def resolve(self, candidate: Candidate | str) -> Candidate:
         """The candidate with backend and format named; refused in one line where it cannot run here."""
@@ -92,7 +92,7 @@ class Graft:
         )
         return PagedCache(state)
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give the base model a PagedCache and its padding; transformers' own mask is not needed."""
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -127,7 +127,7 @@ class Graft:
 
 
 def _route(
-    path: SparseMLA, layer: int, router: Any, args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]
+    path: SparseMLA, layer: int, router: Any, _args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Report a router's choice to the step in progress, or replace it with the forced one."""
     if path.step is None:

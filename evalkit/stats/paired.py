@@ -96,7 +96,9 @@ def compare(baseline: Iterable[Scored], candidate: Iterable[Scored], alpha: floa
     return [_paired(endpoint, outcomes, alpha) for endpoint, outcomes in pairs.items()]
 
 
-def join(baseline: Iterable[Scored], candidate: Iterable[Scored]) -> list[tuple[Key, float | None, float | None]]:
+def join(
+    baseline: Iterable[Scored], candidate: Iterable[Scored]
+) -> list[tuple[Key, float | None, float | None]]:
     """(key, baseline's score, candidate's score) for every sample, in the baseline's order.
 
     Raises:
@@ -108,7 +110,9 @@ def join(baseline: Iterable[Scored], candidate: Iterable[Scored]) -> list[tuple[
     for side, present, other in (("candidate", after, before), ("baseline", before, after)):
         missing = [key for key in other if key not in present]
         if missing:
-            raise PairingError(f"{len(missing)} of {len(other)} samples missing from the {side}: {_some(missing)}")
+            raise PairingError(
+                f"{len(missing)} of {len(other)} samples missing from the {side}: {_some(missing)}"
+            )
     return [(key, score, after[key]) for key, score in before.items()]
 
 
@@ -185,7 +189,8 @@ def _paired(endpoint: Endpoint, outcomes: list[tuple[bool, bool]], alpha: float)
 
 def _by_key(samples: Iterable[Scored], side: str) -> dict[Key, float | None]:
     keyed = [
-        (Key(s.task, s.doc_id, s.prompt_sha256, s.target_sha256, s.filter, s.metric), s.score) for s in samples
+        (Key(s.task, s.doc_id, s.prompt_sha256, s.target_sha256, s.filter, s.metric), s.score)
+        for s in samples
     ]
     twice = [key for key, count in Counter(key for key, _ in keyed).items() if count > 1]
     if twice:
@@ -195,7 +200,9 @@ def _by_key(samples: Iterable[Scored], side: str) -> dict[Key, float | None]:
 
 def _right(key: Key, score: float | None) -> bool:
     if score not in (0, 1):
-        raise PairingError(f"{key}: score {score} is neither 0 nor 1, and this comparison is of right and wrong")
+        raise PairingError(
+            f"{key}: score {score} is neither 0 nor 1, and this comparison is of right and wrong"
+        )
     return score == 1
 
 

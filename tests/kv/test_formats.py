@@ -148,6 +148,16 @@ def magnitudes() -> Tensor:
     return (torch.randn(64, 512, generator=generator) * torch.logspace(-6, 4, 64)[:, None]).bfloat16().float()
 
 
+def test_fp32_is_exact_and_bf16_rounds_once():
+    latent, rope = torch.randn(9, 576, generator=torch.Generator().manual_seed(4)).split([512, 64], -1)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        cache = kv.get(name).allocate(9)
+        kv.get(name).store(cache, torch.arange(9), latent, rope, Scales(latent=3.0))
+        got = kv.get(name).load(cache, torch.arange(9), Scales(latent=3.0))
+        assert torch.equal(got[0], latent.to(dtype).float())
+        assert torch.equal(got[1], rope.to(dtype).float())
+
+
 def test_fp8_ds_mla_scales_are_powers_of_two_with_a_floor():
     latent = magnitudes()
     got = scales_in("fp8_ds_mla", latent)
