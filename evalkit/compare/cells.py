@@ -1,0 +1,134 @@
+"""One arm's figures at one layer: adds documents, then turns into records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from evalkit.compare.arms import DECODE, PREFILL, Arm
+from evalkit.compare.capture import LayerPass
+from evalkit.compare.metrics import Accumulator, Figures
+from evalkit.compare.rungs import Rungs
+from evalkit.compare.selection import SelectionAccumulator, kept, margin, mass_lost, recall
+from evalkit.records import LayerRecord, SelectionRecord
+
+PLAIN_PROBES: Final = ("latent", "rope", "attention", "values", "output")
+MASS_TOKENS: Final = 256  # lost mass is measured on this many evenly spaced tokens at most
+
+
+@dataclass(eq=False)
+class ReferencePass:
+    """The reference at one layer over one document, with what every arm is compared on.
+
+    selection: [T, K]. margins: see `selection.margin`, by phase; empty where the layer has no indexer.
+    """
+
+    run: LayerPass
+    selection: Tensor
+    margins: dict[str, Tensor]
+    phases: dict[str, slice]
+
+    @classmethod
+    def of(cls, run: LayerPass, prefill: int, topk: int) -> ReferencePass:
+        total = run.hidden.shape[1]
+        phases = {PREFILL: slice(0, prefill)} | ({DECODE: slice(prefill, total)} if total > prefill else {})
+        scores = run.probes.get("index_scores")
+        margins = {} if scores is None else {phase: margin(scores[span], topk) for phase, span in phases.items()}
+        return cls(run, run.probes["selection"], margins, phases)
+
+
+class Cell:
+    """One arm at one layer, over all documents."""
+
+    def __init__(self, arm: Arm, layer: int) -> None:
+        self.arm, self.layer = arm, layer
+        self.metrics: dict[tuple[str, str, str], Accumulator] = {}  # by phase, probe, rung
+        self.selections: dict[str, SelectionAccumulator] = {}
+
+    def add(self, got: LayerPass, ref: ReferencePass, rungs: Rungs | None) -> None:
+        """Compare one document, phase by phase."""
+        for phase, span in ref.phases.items():
+            for probe in PLAIN_PROBES:
+                if probe != "attention" or rungs is None:
+                    self._compare(phase, probe, got.probes[probe][span], ref.run.probes[probe][span])
+            self._compare(phase, "hidden", got.hidden[0, span], ref.run.hidden[0, span])
+            self._add_scores(phase, span, got, ref)
+            self._add_routing(phase, span, got, ref)
+            self._add_selection(phase, span, got, ref)
+            for rung in ("format", "kernel", "total") if rungs is not None else ():
+                pair = getattr(rungs, rung)
+                self._compare(phase, "attention", pair[0][span], pair[1][span], rung)
+
+    def _compare(
+        self, phase: str, probe: str, got: Tensor, ref: Tensor, rung: str | None = None, where: Tensor | None = None
+    ) -> None:
+        key = (phase, probe, rung or self.arm.subject.rung)
+        self.metrics.setdefault(key, Accumulator()).add(got, ref, where)
+
+    def _add_scores(self, phase: str, span: slice, got: LayerPass, ref: ReferencePass) -> None:
+        if "index_scores" not in ref.run.probes:
+            return
+        scores, wanted = got.probes["index_scores"][span], ref.run.probes["index_scores"][span]
+        hidden = torch.isneginf(wanted)
+        if not bool(torch.isneginf(scores[hidden]).all()):
+            raise ValueError(f"layer {self.layer}, {phase}: {self.arm.subject.candidate} scores keys of the future")
+        self._compare(phase, "index_scores", scores, wanted, where=~hidden)
+
+    def _add_routing(self, phase: str, span: slice, got: LayerPass, ref: ReferencePass) -> None:
+        """One number a token: 1 where its set of experts is the reference's, else 0, against 1."""
+        if "routing" not in ref.run.probes:
+            return
+        chosen, wanted = (run.probes["routing"][span].sort(-1).values for run in (got, ref.run))
+        same = (chosen == wanted).all(-1).double()
+        self._compare(phase, "routing", same, torch.ones_like(same))
+
+    def _add_selection(self, phase: str, span: slice, got: LayerPass, ref: ReferencePass) -> None:
+        """One number a token: the share of the reference's keys it kept, against 1; and the selection's own figures."""
+        chosen, wanted = got.probes["selection"][span], ref.selection[span]
+        shares = recall(chosen, wanted)
+        self._compare(phase, "selection", shares, torch.ones_like(shares))
+        if self.arm.frozen or self.arm.subject.is_floor:
+            return
+        sample = torch.arange(0, len(wanted), -(-len(wanted) // MASS_TOKENS), device=wanted.device)
+        mass = _mass_lost(chosen, ref, span, sample)
+        self.selections.setdefault(phase, SelectionAccumulator()).add(shares, ref.margins.get(phase), mass)
+
+    def records(self) -> Iterator[LayerRecord | SelectionRecord]:
+        """The layer's records of this arm."""
+        for (phase, probe, rung), accumulator in self.metrics.items():
+            yield layer_record(self.arm, self.layer, phase, probe, rung, accumulator.result())
+        for phase, selection in self.selections.items():
+            found = selection.result()
+            yield SelectionRecord(
+                candidate=str(self.arm.subject.candidate), layer=self.layer, phase=phase, mode=self.arm.mode,
+                recall_mean=found.recall_mean, recall_min=found.recall_min, margin_p50=found.margin_p50,
+                mass_lost_mean=found.mass_lost_mean, n=found.n,
+            )  # fmt: skip
+
+
+def layer_record(arm: Arm, layer: int | None, phase: str, probe: str, rung: str, found: Figures) -> LayerRecord:
+    """Figures as the record of where they were found."""
+    return LayerRecord(
+        candidate=str(arm.subject.candidate), layer=layer, phase=phase, mode=arm.mode, probe=probe, rung=rung,
+        cosine=found.cosine, relative_l2=found.relative_l2, symmetric_distance=found.symmetric_distance,
+        max_abs_error=found.max_abs_error, max_abs_token=found.max_abs_token, max_abs_got=found.max_abs_got,
+        max_abs_ref=found.max_abs_ref, sqnr_db=found.sqnr_db, abs_p50=found.abs_p50, abs_p99=found.abs_p99,
+        abs_p999=found.abs_p999, token_relative_l2_mean=found.token_relative_l2_mean, nonfinite=found.nonfinite,
+        frozen=arm.frozen_name, n=found.n,
+    )  # fmt: skip
+
+
+def _mass_lost(chosen: Tensor, ref: ReferencePass, span: slice, sample: Tensor) -> Tensor:
+    """Of the tokens `sample` of a phase, the reference's attention on keys that were not chosen."""
+    call = ref.run.call
+    assert call is not None  # noqa: S101  # the reference is always run with its calls kept
+    wanted, at = ref.selection[span][sample], sample + span.start
+    columns = torch.arange(ref.run.hidden.shape[1], device=wanted.device)
+    # One document in a fresh cache: column j of the key axis is slot j.
+    latent, rope = call.format.load(call.cache, columns, call.scales)
+    lost = ~kept(chosen[sample], wanted) & (wanted >= 0)
+    return mass_lost(call.q_latent[at], call.q_rope[at], latent, rope, wanted, lost, call.lse[at], call.sm_scale)

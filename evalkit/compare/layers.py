@@ -1,0 +1,271 @@
+"""Compares candidates with bf16@reference layer by layer, all of them advancing through one set of weights.
+
+Layer-major: at each layer, for each document, the reference runs once with every probe captured, then each arm runs
+and is compared, and its captures are dropped. What lives on from layer to layer is one hidden state [T, D] for each
+arm and document, and, where layers share an indexer, its last selection.
+
+Each document is processed as a prompt of T - D tokens followed by D tokens one at a time on the same cache, by the
+reference as by the candidates; the records of phase `prefill` cover the former, of `decode` the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from evalkit import kv
+from evalkit.candidate import Candidate
+from evalkit.compare import noise
+from evalkit.compare.arms import DECODE, PREFILL, PROPAGATED, REFERENCE, Arm, Subject, arms_of
+from evalkit.compare.capture import LayerPass, run_layer
+from evalkit.compare.cells import Cell, ReferencePass, layer_record
+from evalkit.compare.metrics import Accumulator
+from evalkit.compare.ranges import RangeAccumulator
+from evalkit.compare.rungs import rungs
+from evalkit.compare.tokens import TokenAccumulator
+from evalkit.errors import InputError
+from evalkit.kv import RowFormat, Scales
+from evalkit.records import LayerRecord, RangeRecord, Record, TokenRecord
+
+LOGITS_AT_ONCE: Final = 1 << 24  # logits of one tensor held at once
+NOISE_SEED: Final = 20_240_501
+
+Advance = Callable[[], None]
+
+
+def compare(
+    model: Any, documents: Sequence[Tensor], candidates: Sequence[Candidate], *,
+    scales: Mapping[Candidate, Mapping[int, Scales]] | None = None, decode_tokens: int = 32,
+    floors: Sequence[Subject] | None = None, advance: Advance | None = None,
+) -> Iterator[Record]:  # fmt: skip
+    """Every probe of every layer, for every candidate, each layer's records as soon as it is done.
+
+    Args:
+        model: what `evalkit.load` returns, on any device.
+        documents: token ids [T] int64, T > `decode_tokens`, at least one.
+        candidates: resolved ones (a backend that runs here), the bf16 control first.
+        scales: each candidate's scales by layer; 1.0 where there are none.
+        decode_tokens: how many of a document's last tokens are processed one at a time; 0 leaves that phase out.
+        floors: None measures what `noise.floors` offers, () nothing.
+        advance: called `count_passes(...)` times, for a progress bar.
+
+    Yields:
+        LayerRecord, SelectionRecord, RangeRecord, and TokenRecord at the end.
+
+    Raises:
+        InputError: there is no document or no candidate, or a document is too short.
+    """
+    _check(model, documents, candidates, decode_tokens)
+    floors = noise.floors(model) if floors is None else floors
+    given = scales or {}
+    subjects = [Subject(candidate=candidate, scales=given.get(candidate, {})) for candidate in candidates]
+    stream = LayerStream(model, documents, [*subjects, *floors], decode_tokens, advance or _nothing)
+    if noise.kernel_floor(model)[0] is None and floors:
+        yield _no_kernel_floor()
+    for layer in range(model.config.num_hidden_layers):
+        yield from stream.layer(layer)
+    yield from stream.logits()
+
+
+def count_passes(model: Any, documents: int, candidates: int, floors: int | None = None) -> int:
+    """How often `compare` calls `advance` for so many documents, candidates and floors (None: those there are)."""
+    floors = len(noise.floors(model)) if floors is None else floors
+    arms = len(arms_of(Subject(candidate=REFERENCE))) * (candidates + floors)
+    return int(model.config.num_hidden_layers) * documents * (1 + arms)
+
+
+@torch.no_grad()
+def calibrate(model: Any, documents: Sequence[Tensor], advance: Advance | None = None) -> dict[int, Scales]:
+    """Scales that saturate neither latent nor rope of these documents, by layer; `advance` is called once for each.
+
+    Raises:
+        InputError: there is no document, or a layer stores nothing but zeros.
+    """
+    _check(model, documents, [REFERENCE], decode_tokens=0)
+    stream, found = LayerStream(model, documents, [], 0, advance or _nothing), {}
+    for layer in range(model.config.num_hidden_layers):
+        largest = {"latent": 0.0, "rope": 0.0}
+        for document in range(len(documents)):
+            ref = stream.reference(layer, document).run
+            stream.inputs[document] = ref.hidden
+            for part in largest:
+                largest[part] = max(largest[part], float(ref.probes[part].abs().max()))
+        found[layer] = kv.calibrate(largest["latent"], largest["rope"])
+    return found
+
+
+class LayerStream:
+    """The state between layers: hidden states, shared selections, and the reference's current input."""
+
+    def __init__(
+        self, model: Any, documents: Sequence[Tensor], subjects: Sequence[Subject], decode_tokens: int, advance: Advance
+    ) -> None:
+        self.model, self.subjects, self.advance = model, subjects, advance
+        self.arms = [arm for subject in subjects for arm in arms_of(subject)]
+        with torch.no_grad():
+            self.inputs = [model.model.embed_tokens(ids.to(model.device)[None]) for ids in documents]  # [1, T, D] each
+        self.prefill = [len(ids) - decode_tokens for ids in documents]
+        self.hidden = {(arm, n): x for arm in self.arms if arm.mode == PROPAGATED for n, x in enumerate(self.inputs)}
+        self.selections: dict[tuple[Arm | None, int], Tensor] = {}  # of the last layer with an indexer
+
+    @torch.no_grad()
+    def layer(self, index: int) -> list[Record]:
+        """Advance everything through one layer; its records."""
+        cells = [Cell(arm, index) for arm in self.arms]
+        ranges = self._range_accumulators(index)
+        for document in range(len(self.inputs)):
+            ref = self.reference(index, document)
+            for (_, part), accumulator in ranges.items():
+                accumulator.add(ref.run.probes[part])
+            for cell in cells:
+                self._advance_arm(cell, index, document, ref)
+            self.inputs[document] = ref.run.hidden
+        return [*(record for cell in cells for record in cell.records()), *_range_records(index, ranges)]
+
+    def reference(self, index: int, document: int) -> ReferencePass:
+        """Run bf16@reference on its own hidden state of one document; `inputs` is left for the arms to read."""
+        shared = self.selections.get((None, document)) if self._shares_selection(index) else None
+        arm = Arm(subject=Subject(candidate=REFERENCE), mode=PROPAGATED)
+        run = self._run(arm, index, document, self.inputs[document], selection=shared, keep_call=True)
+        if self._indexers_are_shared:
+            self.selections[None, document] = run.probes["selection"]
+        return ReferencePass.of(run, self.prefill[document], self.model.config.index_topk)
+
+    def _advance_arm(self, cell: Cell, index: int, document: int, ref: ReferencePass) -> None:
+        arm = cell.arm
+        propagated = arm.mode == PROPAGATED
+        source = self.hidden[arm, document] if propagated else self.inputs[document]
+        selection, routing = (ref.selection, ref.run.probes.get("routing")) if arm.frozen else (None, None)
+        if self._shares_selection(index) and not arm.frozen:
+            # A selection made by an earlier layer is part of this layer's input.
+            selection = self.selections[arm, document] if propagated else ref.selection
+        split = not propagated and not arm.subject.is_floor
+        got = self._run(arm, index, document, source, selection=selection, routing=routing, keep_call=split)
+        found = None
+        if split and ref.run.call is not None and got.call is not None:
+            rounded = self.model.evalkit.new_cache().state.round
+            found = rungs(ref.run.call, got.call, arm.subject.candidate.backend, rounded)
+        cell.add(got, ref, found)
+        if propagated:
+            self.hidden[arm, document] = got.hidden
+            if self._indexers_are_shared and not arm.frozen:
+                self.selections[arm, document] = got.probes["selection"]
+
+    def _run(
+        self, arm: Arm, index: int, document: int, source: Tensor, *,
+        selection: Tensor | None, routing: Tensor | None = None, keep_call: bool = False,
+    ) -> LayerPass:  # fmt: skip
+        """One arm through one layer on a cache of its own, which goes when the pass does."""
+        subject = arm.subject
+        cache = self.model.evalkit.new_cache(candidate=subject.candidate, scales=subject.scales)
+        spans = subject.spans(self.prefill[document], source.shape[1])
+        seed = NOISE_SEED + 1000 * document + index
+        with noise.row_noise(self.model.model.layers[index], subject.noise, seed):
+            got = run_layer(
+                self.model, index, source, cache, spans, keep_call=keep_call, selection=selection, routing=routing
+            )
+        self.advance()
+        return got
+
+    @property
+    def _indexers_are_shared(self) -> bool:
+        return "shared" in (getattr(self.model.config, "indexer_types", None) or ())
+
+    def _shares_selection(self, index: int) -> bool:
+        return self._indexers_are_shared and self.model.config.indexer_types[index] == "shared"
+
+    def _range_accumulators(self, index: int) -> dict[tuple[str, str], RangeAccumulator]:
+        """By candidate and part, for each whose format divides that part by a given scale."""
+        found = {}
+        for subject in self.subjects:
+            format, scales = kv.get(subject.candidate.format), subject.scales.get(index, Scales())
+            for part in ("latent", "rope"):
+                if not subject.is_floor and _is_scaled(format, part):
+                    found[str(subject.candidate), part] = RangeAccumulator(getattr(scales, part))
+        return found
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[Record]:
+        """What the last layer's hidden states make of the next token: logits, and their divergence."""
+        for arm in self.arms:
+            if arm.mode != PROPAGATED:
+                continue
+            metrics: dict[str, Accumulator] = {}
+            tokens: dict[str, TokenAccumulator] = {}
+            for document, ref in enumerate(self.inputs):
+                for phase, span in _logit_spans(ref, self.prefill[document], self.model.config.vocab_size):
+                    got, wanted = (self.head(x[:, span]) for x in (self.hidden[arm, document], ref))
+                    metrics.setdefault(phase, Accumulator()).add(got, wanted)
+                    tokens.setdefault(phase, TokenAccumulator()).add(got, wanted)
+            for phase, accumulator in metrics.items():
+                yield layer_record(arm, None, phase, "logits", arm.subject.rung, accumulator.result())
+                if not arm.subject.is_floor:
+                    yield _token_record(arm, phase, tokens[phase])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [1, T, D] after the last layer -> logits [T, V]."""
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))[0]
+        return logits
+
+
+def _logit_spans(hidden: Tensor, prefill: int, vocabulary: int) -> Iterator[tuple[str, slice]]:
+    """Each phase of a document in pieces whose logits fit in `LOGITS_AT_ONCE`."""
+    total, step = hidden.shape[1], max(1, LOGITS_AT_ONCE // vocabulary)
+    for phase, first, end in ((PREFILL, 0, prefill), (DECODE, prefill, total)):
+        for start in range(first, end, step):
+            yield phase, slice(start, min(start + step, end))
+
+
+def _is_scaled(format: RowFormat, part: str) -> bool:
+    """Whether another scale for this part changes the bytes of a row."""
+    ones = torch.ones(1, format.latent_dim), torch.ones(1, format.rope_dim)
+    stored = (format.encode(*ones, scales) for scales in (Scales(), Scales(**{part: 2.0})))
+    return not torch.equal(*stored)
+
+
+def _range_records(index: int, ranges: Mapping[tuple[str, str], RangeAccumulator]) -> Iterator[RangeRecord]:
+    for (candidate, part), accumulator in ranges.items():
+        found = accumulator.result()
+        yield RangeRecord(
+            candidate=candidate, layer=index, part=part, max_abs=found.max_abs, saturated_share=found.saturated_share,
+            subnormal_share=found.subnormal_share, zero_share=found.zero_share, headroom=found.headroom,
+            scale=accumulator.scale, n=found.n,
+        )  # fmt: skip
+
+
+def _token_record(arm: Arm, phase: str, accumulator: TokenAccumulator) -> TokenRecord:
+    found = accumulator.result()
+    return TokenRecord(
+        candidate=str(arm.subject.candidate), phase=phase, frozen=arm.frozen_name, kl_mean_nats=found.kl_mean_nats,
+        kl_p50_nats=found.kl_p50_nats, kl_p90_nats=found.kl_p90_nats, kl_p99_nats=found.kl_p99_nats,
+        kl_max_nats=found.kl_max_nats, top1_agreement=found.top1_agreement, n=found.n,
+    )  # fmt: skip
+
+
+def _no_kernel_floor() -> LayerRecord:
+    """That no other kernel reads bf16 here: a floor without a number, so that a reader prints n/a and not nothing."""
+    return LayerRecord(
+        candidate=str(REFERENCE), layer=None, phase=PREFILL, mode=PROPAGATED, probe="attention", rung=noise.KERNEL,
+        cosine=None, relative_l2=None, symmetric_distance=None, max_abs_error=None, max_abs_token=None,
+        max_abs_got=None, max_abs_ref=None, sqnr_db=None, abs_p50=None, abs_p99=None, abs_p999=None,
+        token_relative_l2_mean=None, nonfinite=0, frozen="none", n=0,
+    )  # fmt: skip
+
+
+def _check(model: Any, documents: Sequence[Tensor], candidates: Sequence[Candidate], decode_tokens: int) -> None:
+    if not documents or not candidates:
+        raise InputError(f"{len(documents)} documents and {len(candidates)} candidates: at least one of each is needed")
+    limit = model.config.max_position_embeddings
+    for number, ids in enumerate(documents):
+        if ids.dim() != 1 or not decode_tokens < len(ids) <= limit:
+            raise InputError(
+                f"document {number} has shape {list(ids.shape)}: [T] with {decode_tokens} (decode_tokens) < T <= {limit} "
+                "(the model's max_position_embeddings) is needed"
+            )
+
+
+def _nothing() -> None:
+    """What progress is reported to when nobody looks."""

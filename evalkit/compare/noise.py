@@ -1,0 +1,101 @@
+"""The noise floor: what bf16 differs from itself by, on the same tokens.
+
+Three kinds, recorded apart as rungs: `floor:kernel` (another kernel reads the same bf16 rows), `floor:batch` (the
+same tokens in steps of another size) and `floor:noise` (latent and rope times 1 + u, u uniform within 2^-9, half a
+unit in bf16's last place).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from evalkit import kv
+from evalkit.attention import backends
+from evalkit.candidate import Candidate
+from evalkit.compare.arms import REFERENCE, Subject
+from evalkit.records import LayerRecord
+
+KERNEL, BATCH, NOISE = "floor:kernel", "floor:batch", "floor:noise"
+HALF_ULP: Final = 2.0**-9
+LATENT_DIM: Final = 512
+
+
+def floors(model: Any) -> list[Subject]:
+    """The floors that can be measured for a loaded model where it is; see `kernel_floor` for the one that may not."""
+    found = [
+        Subject(candidate=REFERENCE, rung=BATCH, prefill_chunks=3),
+        Subject(candidate=REFERENCE, rung=NOISE, noise=HALF_ULP),
+    ]
+    other, _ = kernel_floor(model)
+    return found if other is None else [Subject(candidate=other, rung=KERNEL), *found]
+
+
+def kernel_floor(model: Any) -> tuple[Candidate | None, str]:
+    """The first other backend that reads bf16 here, or None with every backend's reason."""
+    config, reasons = model.config, []
+    for name in backends.names():
+        if name == REFERENCE.backend:
+            continue
+        reason = backends.get(name).unavailable_because(
+            kv.get(REFERENCE.format), model.device, config.num_attention_heads, config.index_topk
+        )
+        if reason is None:
+            return Candidate(format=REFERENCE.format, backend=name), ""
+        reasons.append(f"{name}: {reason}")
+    return None, "; ".join(reasons) or "no other backend is registered"
+
+
+@contextmanager
+def row_noise(layer: nn.Module, size: float, seed: int) -> Iterator[None]:
+    """Within the block, a layer's latent (after its norm) and rope are multiplied by 1 + u, |u| <= `size`.
+
+    The same seed gives the same noise, on one kind of device, for the same steps.
+    """
+    if size == 0:
+        yield
+        return
+    attention: Any = layer.self_attn
+    generator = torch.Generator(attention.kv_a_layernorm.weight.device).manual_seed(seed)
+
+    def noisy(x: Tensor) -> Tensor:
+        u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+        return (x.float() * (1 + size * (2 * u - 1))).to(x.dtype)
+
+    def on_latent(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        return noisy(out)
+
+    def on_rope(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        return torch.cat([out[..., :LATENT_DIM], noisy(out[..., LATENT_DIM:])], -1)
+
+    hooks = [
+        attention.kv_a_layernorm.register_forward_hook(on_latent),
+        attention.kv_a_proj_with_mqa.register_forward_hook(on_rope),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def multiple(total: LayerRecord, floor: LayerRecord | None) -> float | None:
+    """A candidate's relative L2 in multiples of the other-kernel floor at the same place.
+
+    None ("n/a") without such a floor, or where it is zero.
+
+    Raises:
+        ValueError: the two records are not of the same place, or are not a total and a kernel floor.
+    """
+    if floor is None:
+        return None
+    place = ("layer", "phase", "mode", "probe", "frozen")
+    if any(getattr(total, name) != getattr(floor, name) for name in place) or (total.rung, floor.rung) != ("total", KERNEL):
+        raise ValueError(f"{total.rung} and {floor.rung} of different places do not make a multiple: {total}, {floor}")
+    if total.relative_l2 is None or not floor.relative_l2:
+        return None
+    return total.relative_l2 / floor.relative_l2
