@@ -1,0 +1,190 @@
+"""Run lm-eval tasks on a candidate and keep every document's score under a key that pairs it with its baseline's."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import lm_eval.api.task
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+import evalkit
+from evalkit.errors import InputError
+from evalkit.evaluate.lm import Coverage
+from evalkit.records import SampleRecord
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+
+# What is in tasks/ and nowhere else, so that another project's tasks/ is not taken for ours.
+MARKER = "lm_eval_docs.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRun:
+    """One task on one candidate. `coverage` is empty for an LM that does not keep it."""
+
+    task: str
+    samples: tuple[SampleRecord, ...]
+    coverage: tuple[Coverage, ...]
+    wall_s: float
+
+    @property
+    def mean_context_tokens(self) -> float | None:
+        """Tokens before the first scored one, mean over requests."""
+        if not self.coverage:
+            return None
+        return sum(span.context_tokens for span in self.coverage) / len(self.coverage)
+
+    def share_over(self, topk: int) -> float | None:
+        """Share of scored tokens with more context than topk: those for which the indexer had to choose."""
+        scored = sum(span.scored_tokens for span in self.coverage)
+        return sum(span.over(topk) for span in self.coverage) / scored if scored else None
+
+
+def tasks_dir() -> Path:
+    """Where the task files are: the checkout's tasks/, or the copy inside an installed wheel.
+
+    Raises:
+        InputError: neither is there.
+    """
+    package = Path(evalkit.__file__).resolve().parent
+    # In a checkout a copy beside the package would be an older installation's.
+    for found in (package.parent / "tasks", package / "tasks"):
+        if (found / MARKER).is_file():
+            return found
+    raise InputError(
+        f"no task files in {package.parent / 'tasks'} or {package / 'tasks'}; install evalkit again"
+    )
+
+
+def run_tasks(lm: LM, names: Sequence[str], documents: int, seed: int, *, candidate: str) -> list[TaskRun]:
+    """Score `documents` documents of each task (groups and tags count as their tasks), one task after the other.
+
+    Documents depend on the task, `documents` and `seed` alone, and so do the batches: each candidate is asked the
+    same questions in the same company. lm-eval's caches stay off.
+
+    Args:
+        lm: an `EvalkitLM`, or any other lm-eval model.
+        names: tasks in tasks/ or lm-eval's own.
+        documents: how many of each, the first ones where a task has a fixed set.
+        seed: for generated documents.
+        candidate: the name its samples carry.
+
+    Raises:
+        InputError: an unknown task, fewer documents than asked for, or a metric that is no number for a document.
+        RuntimeError: samples came back short; lm-eval only warns.
+    """
+    if documents < 1:
+        raise InputError(f"{documents} documents: want at least 1")
+    return [_run(lm, task, documents, candidate) for task in load_tasks(tuple(names), documents, seed)]
+
+
+@lru_cache(maxsize=4)
+def load_tasks(names: tuple[str, ...], documents: int, seed: int) -> tuple[Task, ...]:
+    """The tasks that the names stand for, with their documents.
+
+    Raises:
+        InputError: an unknown task, one asked for twice, or one with fewer documents.
+    """
+    with _quiet_lm_eval():
+        manager = _manager(names, {"documents": documents, "seed": seed})
+        try:
+            tasks: list[Task] = list(manager.load(list(names))["tasks"].values())
+        except ValueError as error:
+            raise InputError(f"tasks {', '.join(names)}: {error}") from error
+    for task in tasks:
+        if len(task.eval_docs) < documents:
+            raise InputError(
+                f"{task.task_name} has {len(task.eval_docs)} documents, {documents} were asked for"
+            )
+        if task.config.num_fewshot is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+    return tuple(tasks)
+
+
+def _manager(names: Sequence[str], metadata: dict[str, Any]) -> TaskManager:
+    """Knows lm-eval's thousands of tasks only if needed: reading them takes seconds."""
+    ours = TaskManager(include_path=str(tasks_dir()), include_defaults=False, metadata=metadata)
+    if all(name in ours.all_tasks for name in names):
+        return ours
+    every = TaskManager(include_path=str(tasks_dir()), metadata=metadata)
+    for name in names:
+        if name not in every.all_tasks:
+            close = get_close_matches(name, every.all_tasks, 1) or [n for n in ours.all_tasks if name in n]
+            known = f"did you mean {close[0]}?" if close else f"tasks here: {', '.join(ours.all_subtasks)}"
+            raise InputError(f"unknown task {name}; {known}")
+    return every
+
+
+def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
+    name = task.task_name
+    coverage: list[Coverage] = getattr(lm, "coverage", [])
+    before, started = len(coverage), time.perf_counter()
+    with _quiet_lm_eval():
+        results = evaluate(lm, {"tasks": {name: task}}, limit=documents, bootstrap_iters=0)
+    wall_s = time.perf_counter() - started
+    rows = results["samples"][name]
+    samples = tuple(_samples(candidate, name, rows))
+    # Counted, since lm-eval itself only warns when it loses one.
+    for kept in {row["filter"] for row in rows} or {"any"}:
+        seen = {row["doc_id"] for row in rows if row["filter"] == kept}
+        if len(seen) != documents or sum(row["filter"] == kept for row in rows) != documents:
+            raise RuntimeError(
+                f"{name}, filter {kept}: {len(seen)} documents came back, {documents} were asked for"
+            )
+    return TaskRun(task=name, samples=samples, coverage=tuple(coverage[before:]), wall_s=wall_s)
+
+
+def _samples(candidate: str, task: str, rows: list[dict[str, Any]]) -> Iterator[SampleRecord]:
+    for row in rows:
+        for metric in row["metrics"]:
+            try:
+                score = float(row[metric])
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"{task}: {metric} of document {row['doc_id']} is {row[metric]!r}; pairing needs one number "
+                    "(evalkit lm-eval runs such tasks)"
+                ) from None
+            yield SampleRecord(
+                candidate=candidate,
+                task=task,
+                doc_id=row["doc_id"],
+                prompt_sha256=_prompt_sha256(row["arguments"]),
+                target_sha256=row["target_hash"],
+                filter=row["filter"],
+                metric=metric,
+                score=score,
+                response=str(row["filtered_resps"][0]),
+            )
+
+
+def _prompt_sha256(arguments: list[tuple[Any, ...]]) -> str:
+    """Of what was sent: the prompt, or, where a document has several requests, every text that was scored."""
+    texts = [arguments[0][0]] if len(arguments) == 1 else [str(text) for args in arguments for text in args]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+@contextmanager
+def _quiet_lm_eval() -> Iterator[None]:
+    """lm-eval warns of each generated data set and of each limit, and shows a bar for rendering prompts."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with patch.object(lm_eval.api.task, "tqdm", lambda documents, **_: documents):
+            yield
+    finally:
+        logger.setLevel(level)
