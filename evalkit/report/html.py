@@ -1,0 +1,43 @@
+"""report.html: one file that opens anywhere, without a network."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from evalkit.records import EnvironmentRecord, Record, RunDirectory, TaskRecord, only, read
+from evalkit.report import plots, tables
+
+
+def write(run: Path) -> Path:
+    """Write a run's report beside its records and return where it lies.
+
+    Raises:
+        InputError: `run` is not a run directory that this version reads.
+    """
+    path = run / "report.html"
+    path.write_text(render(RunDirectory(run), read(run)), encoding="utf-8")
+    return path
+
+
+def render(run: RunDirectory, records: Sequence[Record]) -> str:
+    """The page as text."""
+    views, losses = plots.layer_views(records), plots.loss_points(records)
+    page = Environment(
+        loader=PackageLoader("evalkit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template("report.html.j2")
+    return page.render(
+        name=run.path.name,
+        command=run.command,
+        started=run.started_utc,
+        environment=next(iter(only(records, EnvironmentRecord)), None),
+        documents=sorted({(r.task, r.n) for r in only(records, TaskRecord)}),
+        first=[table for table in (tables.candidates(records), tables.tasks(records)) if table.rows],
+        more=[table for table in (tables.rungs(records), tables.tokens(records), tables.selection(records)) if table.rows],
+        folded=[table for table in (tables.ranges(records), tables.probes(records)) if table.rows],
+        ending=[table for table in (tables.provenance(records), tables.environment(records)) if table.rows],
+        views=views,
+        losses=losses,
+        library=Markup(plots.library() if views or losses else ""),  # noqa: S704 - plotly.js, from its own package
+    )

@@ -1,0 +1,357 @@
+"""Records as tables of text: the one place where a number gets its digits, its unit and its n.
+
+The terminal, summary.md and report.html print these same tables. Rows keep the order in which candidates were
+recorded, with bf16 against itself first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from evalkit.records import (
+    CandidateRecord,
+    EnvironmentRecord,
+    LayerRecord,
+    RangeRecord,
+    Record,
+    SelectionRecord,
+    StageRecord,
+    TaskRecord,
+    TokenRecord,
+    only,
+)
+
+Named = TypeVar("Named", LayerRecord, SelectionRecord, RangeRecord, TokenRecord, TaskRecord)
+Phased = TypeVar("Phased", LayerRecord, TokenRecord)
+
+NA = "n/a"
+PHASES = ("decode", "prefill")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A title, one line on what it shows, and rows of text; `text_columns` are aligned left, numbers right."""
+
+    key: str
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int
+
+
+def candidates(records: Sequence[Record]) -> Table:
+    """Candidates first: what each costs, how far its attention lies from the reference, what it loses on tasks."""
+    layers, tokens, tasks = only(records, LayerRecord), only(records, TokenRecord), only(records, TaskRecord)
+    names = sorted({record.task for record in tasks})
+    rows = []
+    for record in _candidates(records):
+        mine = [task for name in names for task in tasks if (task.task, task.candidate) == (name, record.candidate)]
+        kl = next((token for token in _by_phase(tokens) if token.candidate == record.candidate), None)
+        rows.append(
+            (
+                record.candidate,
+                record.kernel,
+                f"{record.row_bytes_per_token:,}",
+                NA if record.bytes_per_token_read_back is None else f"{record.bytes_per_token_read_back:,}",
+                worst_layer(layers, record.candidate, "isolated"),
+                worst_layer(layers, record.candidate, "propagated"),
+                NA if kl is None else f"{number(kl.kl_mean_nats)} ({kl.n:,})",
+                *(_loss(next((task for task in mine if task.task == name), None)) for name in names),
+            )
+        )
+    return Table(
+        key="candidates",
+        title="Candidates",
+        caption=(
+            "Relative L2 of the attention output against the reference at its worst layer; mean KL divergence of the "
+            "next token in nats (tokens); loss of score in points against the baseline, with its interval."
+        ),
+        columns=(
+            "candidate", "kernel", "bytes/token", "read back", "attention, isolated", "attention, propagated", "KL nats (n)",
+            *(f"loss: {name}" for name in names),
+        ),
+        rows=tuple(rows),
+        text_columns=2,
+    )  # fmt: skip
+
+
+def provenance(records: Sequence[Record]) -> Table:
+    """What each candidate resolved to."""
+    return Table(
+        key="provenance",
+        title="What ran",
+        caption="What was asked for, what it resolved to, and how indexer keys were stored and rows read.",
+        columns=("asked for", "candidate", "format", "scales", "backend", "kernel", "index", "read", "note"),
+        rows=tuple(
+            (c.requested, c.candidate, c.format, c.scales, c.backend, c.kernel, c.index, c.read, c.note)
+            for c in _candidates(records)
+        ),
+        text_columns=9,
+    )
+
+
+def layers(records: Sequence[Record]) -> Table:
+    """Relative L2 of the attention output, a row a layer and a column a candidate, for the terminal."""
+    found = [
+        r
+        for r in only(records, LayerRecord)
+        if (r.probe, r.mode, r.frozen, r.rung) == ("attention", "isolated", "none", "total") and r.layer is not None
+    ]
+    phase = next((phase for phase in PHASES if any(r.phase == phase for r in found)), "")
+    found = [r for r in found if r.phase == phase]
+    names = [c.candidate for c in _candidates(records) if any(r.candidate == c.candidate for r in found)]
+    values = {(r.layer, r.candidate): number(r.relative_l2) + _mark(r) for r in found}
+    return Table(
+        key="layers",
+        title="Layers",
+        caption=f"Relative L2 of the attention output against the reference, isolated, {phase}"
+        f"{_n_of(sorted({r.n for r in found}))}.",
+        columns=("layer", *names),
+        rows=tuple(
+            (str(layer), *(values.get((layer, name), NA) for name in names)) for layer in sorted({k[0] for k in values if k[0] is not None})
+        ),
+        text_columns=1,
+    )
+
+
+def probes(records: Sequence[Record]) -> Table:
+    """Every total of every probe, layer by layer."""
+    return Table(
+        key="probes",
+        title="Every probe",
+        caption="Candidate against reference at every probe; positions are query tokens; SQNR in dB.",
+        columns=(
+            "candidate", "phase", "mode", "probe", "frozen", "layer", "relative L2", "cosine", "1−2⟨x,y⟩/(‖x‖²+‖y‖²)", "SQNR dB",
+            "max |error|", "at token", "got", "reference", "|error| p50", "p99", "p99.9", "per token, mean", "non-finite", "n",
+        ),
+        rows=tuple(
+            (
+                r.candidate, r.phase, r.mode, r.probe, r.frozen, layer_name(r.layer), number(r.relative_l2), cosine(r.cosine),
+                number(r.symmetric_distance), NA if r.sqnr_db is None else f"{r.sqnr_db:.1f}", number(r.max_abs_error),
+                NA if r.max_abs_token is None else str(r.max_abs_token), number(r.max_abs_got), number(r.max_abs_ref),
+                number(r.abs_p50), number(r.abs_p99), number(r.abs_p999), number(r.token_relative_l2_mean),
+                f"{r.nonfinite:,}", f"{r.n:,}",
+            )
+            for r in _ordered(records, only(records, LayerRecord))
+            if r.rung == "total"
+        ),
+        text_columns=5,
+    )  # fmt: skip
+
+
+def rungs(records: Sequence[Record]) -> Table:
+    """Format gap, kernel gap and total: three numbers, beside the floors of the same probe and layer."""
+    found = [r for r in only(records, LayerRecord) if r.frozen == "none"]
+    kinds = [rung for rung in dict.fromkeys(r.rung for r in found) if rung.startswith("floor:")]
+    values = {(r.candidate, r.phase, r.mode, r.probe, r.layer, r.rung): r for r in found}
+    floors = {(r.phase, r.mode, r.probe, r.layer, r.rung): r for r in found if r.rung in kinds}
+    rows = []
+    for r in _ordered(records, found):
+        where = (r.phase, r.mode, r.probe, r.layer)
+        split = [values.get((r.candidate, *where, rung)) for rung in ("format", "kernel")]
+        if r.rung == "total" and any(split):
+            figures = [*split, r, *(floors.get((*where, kind)) for kind in kinds)]
+            cells = [NA if figure is None else number(figure.relative_l2) for figure in figures]
+            rows.append((r.candidate, r.phase, r.mode, r.probe, layer_name(r.layer), *cells, f"{r.n:,}"))
+    return Table(
+        key="rungs",
+        title="Where it arises",
+        caption=(
+            "Relative L2. Format: exact attention on the candidate's rows against the reference. Kernel: the candidate's kernel "
+            "against exact attention on the same rows. Floors: bf16 against itself."
+        ),
+        columns=("candidate", "phase", "mode", "probe", "layer", "format", "kernel", "total", *kinds, "n"),
+        rows=tuple(rows),
+        text_columns=4,
+    )
+
+
+def selection(records: Sequence[Record]) -> Table:
+    """Which of the reference's keys were kept."""
+    return Table(
+        key="selection",
+        title="Selection",
+        caption=(
+            "Recall of the reference's top-k, the median margin at the k-th score, and the attention mass on dropped keys; n query tokens."
+        ),
+        columns=("candidate", "phase", "mode", "layer", "recall, mean", "recall, least", "margin, median", "mass lost, mean", "n"),
+        rows=tuple(
+            (
+                r.candidate, r.phase, r.mode, str(r.layer), share(r.recall_mean), share(r.recall_min), number(r.margin_p50),
+                share(r.mass_lost_mean), f"{r.n:,}",
+            )
+            for r in _ordered(records, only(records, SelectionRecord))
+        ),
+        text_columns=3,
+    )  # fmt: skip
+
+
+def ranges(records: Sequence[Record]) -> Table:
+    """How the stored values fill their format."""
+    return Table(
+        key="ranges",
+        title="Ranges",
+        caption="What was stored: largest magnitude, scale, and the shares of n values that saturate, are subnormal, or round to zero.",
+        columns=("candidate", "part", "layer", "max |x|", "scale", "headroom", "saturated", "subnormal", "to zero", "n"),
+        rows=tuple(
+            (
+                r.candidate, r.part, str(r.layer), number(r.max_abs), number(r.scale), number(r.headroom), share(r.saturated_share),
+                share(r.subnormal_share), share(r.zero_share), f"{r.n:,}",
+            )
+            for r in _ordered(records, only(records, RangeRecord))
+        ),
+        text_columns=2,
+    )  # fmt: skip
+
+
+def tokens(records: Sequence[Record]) -> Table:
+    """Divergence of next-token distributions."""
+    return Table(
+        key="tokens",
+        title="Next-token divergence",
+        caption="KL(reference ‖ candidate) in nats over n tokens, and how often both rank the same token first.",
+        columns=("candidate", "phase", "frozen", "mean", "p50", "p90", "p99", "max", "same top-1", "n"),
+        rows=tuple(
+            (
+                r.candidate, r.phase, r.frozen, number(r.kl_mean_nats), number(r.kl_p50_nats), number(r.kl_p90_nats),
+                number(r.kl_p99_nats), number(r.kl_max_nats), share(r.top1_agreement), f"{r.n:,}",
+            )
+            for r in _ordered(records, only(records, TokenRecord))
+        ),
+        text_columns=3,
+    )  # fmt: skip
+
+
+def tasks(records: Sequence[Record]) -> Table:
+    """Scores and paired losses."""
+    return Table(
+        key="tasks",
+        title="Tasks",
+        caption=(
+            "Score with its interval, and the loss against the baseline on the same documents, in percentage points; documents lost "
+            "(baseline right, candidate wrong) and gained; exact McNemar p. A loss whose interval holds zero is not a finding."
+        ),
+        columns=(
+            "task", "candidate", "metric", "n", "score", "baseline", "loss, points", "interval by", "lost", "gained", "McNemar p",
+            "mean context", "over top-k", "seconds",
+        ),
+        rows=tuple(
+            (
+                r.task, r.candidate, f"{r.metric} ({r.filter})", f"{r.n:,}",
+                f"{share(r.score)} {interval(r.score_lower, r.score_upper)}",
+                f"{share(r.baseline_score)} {r.baseline}", _loss(r), r.interval_method,
+                NA if r.lost is None else str(r.lost), NA if r.gained is None else str(r.gained),
+                NA if r.mcnemar_p is None else f"{r.mcnemar_p:.3g}",
+                NA if r.mean_context_tokens is None else f"{r.mean_context_tokens:,.0f} tokens", share(r.share_over_topk), f"{r.wall_s:.1f}",
+            )
+            for r in sorted(_ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
+        ),
+        text_columns=3,
+    )  # fmt: skip
+
+
+def environment(records: Sequence[Record]) -> Table:
+    """Where it ran, a row a fact."""
+    rows: list[tuple[str, str]] = []
+    for r in only(records, EnvironmentRecord):
+        rows += [
+            ("checkpoint", r.checkpoint),
+            ("checkpoint SHA-256", r.checkpoint_sha256),
+            ("device", r.device),
+            ("GPU", r.gpu or "none"),
+            ("dtype", r.dtype),
+            ("started", r.started_utc),
+            ("commit", r.commit or "not a checkout"),
+            ("Python", r.python),
+            ("packages", ", ".join(f"{name} {version}" for name, version in r.packages.items())),
+            ("numerics", ", ".join(f"{name} = {value}" for name, value in r.flags.items())),
+        ]
+    rows += [(f"stage {stage.stage}", f"{stage.wall_s:.1f} s") for stage in only(records, StageRecord)]
+    return Table(
+        key="environment",
+        title="Environment",
+        caption="Where and with what the run was made.",
+        columns=("what", "value"),
+        rows=tuple(rows),
+        text_columns=2,
+    )
+
+
+def worst_layer(records: Sequence[LayerRecord], candidate: str, mode: str) -> str:
+    """The largest relative L2 of the attention output over layers, with the layer; decode where there is one."""
+    found = [
+        r
+        for r in _by_phase(records)
+        if (r.candidate, r.mode, r.probe, r.rung, r.frozen) == (candidate, mode, "attention", "total", "none")
+    ]
+    found = [r for r in found if r.phase == found[0].phase]
+    if any(r.nonfinite for r in found):
+        return f"non-finite (layer {next(r.layer for r in found if r.nonfinite)})"
+    measured = [(r.relative_l2, r.layer) for r in found if r.relative_l2 is not None]
+    if not measured:
+        return NA
+    worst, layer = max(measured, key=lambda pair: pair[0])
+    return f"{number(worst)} (layer {layer})" if worst else "0"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits."""
+    if value is None:
+        return NA
+    return "0" if value == 0 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage; what is not quite none or all does not read as none or all."""
+    if value is None:
+        return NA
+    text = f"{value:.1%}"
+    return f"{value:.2e}" if text == "0.0%" and value > 0 else f"{value:.4%}" if text == "100.0%" and value < 1 else text
+
+
+def cosine(value: float | None) -> str:
+    """Cosines crowd below one: six decimals."""
+    return NA if value is None else f"{value:.6f}"
+
+
+def interval(lower: float | None, upper: float | None, scale: Callable[[float], str] = lambda x: f"{100 * x:.1f}") -> str:
+    """`[low, high]`, or n/a where there is none."""
+    return f"[{NA}]" if lower is None or upper is None else f"[{scale(lower)}, {scale(upper)}]"
+
+
+def layer_name(layer: int | None) -> str:
+    """A layer's number; records without one stand after the last."""
+    return "model" if layer is None else str(layer)
+
+
+def is_control(candidate: str) -> bool:
+    """Whether a candidate stores bf16: the row that every table begins with."""
+    return candidate.startswith("bf16")
+
+
+def _candidates(records: Sequence[Record]) -> list[CandidateRecord]:
+    return sorted(only(records, CandidateRecord), key=lambda record: not is_control(record.candidate))
+
+
+def _ordered(records: Sequence[Record], found: Sequence[Named]) -> list[Named]:
+    rank = {record.candidate: place for place, record in enumerate(_candidates(records))}
+    return sorted(found, key=lambda record: rank.get(record.candidate, len(rank)))
+
+
+def _by_phase(found: Sequence[Phased]) -> list[Phased]:
+    return sorted(found, key=lambda r: PHASES.index(r.phase) if r.phase in PHASES else len(PHASES))
+
+
+def _loss(record: TaskRecord | None) -> str:
+    if record is None:
+        return NA
+    return f"{100 * record.loss:+.1f} {interval(record.loss_lower, record.loss_upper, lambda x: f'{100 * x:+.1f}')}"
+
+
+def _mark(record: LayerRecord) -> str:
+    return f" ({record.nonfinite} non-finite)" if record.nonfinite else ""
+
+
+def _n_of(counts: Sequence[int]) -> str:
+    return "" if not counts else f", n = {counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
