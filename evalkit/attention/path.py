@@ -142,7 +142,7 @@ class SparseMLA(nn.Module):
             raise TypeError("SparseMLA needs a PagedCache; call the model, or pass model.evalkit.new_cache()")
         state = past_key_values.state
         rows = state.layers[self.layer_idx]
-        batch, length, _ = hidden_states.shape
+        batch, length = hidden_states.shape[:2]
         start = rows.length
         slots = rows.extend(batch, length, hidden_states.device)  # [B, T]
         written = slots if state.valid is None else slots.where(state.valid[:, start : rows.length], -1)

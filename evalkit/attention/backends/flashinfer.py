@@ -108,7 +108,7 @@ def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, None, :512], rows[:, None, 512:]
 
 
-def _bf16(planes: Any, scales: Scales) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def _bf16(planes: Any, _scales: Scales) -> tuple[Tensor, Tensor, dict[str, Any]]:
     return *_split(planes.rows), {}
 
 

@@ -1,0 +1,109 @@
+"""Exact attention: against a float64 loop over queries, and on the rows that it must not read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from evalkit import kv
+from evalkit.attention import backends
+from evalkit.attention.backends import reference
+from evalkit.kv import Scales
+
+SM_SCALE = 192**-0.5
+COUNTS = (0, 1, 70, 256)
+
+
+def problem(heads: int = 8, slots: int = 512, selected: int = 256) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    q_latent = torch.randn(len(COUNTS) * 3, heads, 512, generator=draw)
+    q_rope = torch.randn(len(COUNTS) * 3, heads, 64, generator=draw)
+    latent = torch.randn(slots, 512, generator=draw)
+    rope = torch.randn(slots, 64, generator=draw)
+    indices = torch.full((len(COUNTS) * 3, selected), -1, dtype=torch.int32)
+    for row in range(len(indices)):
+        count = COUNTS[row % len(COUNTS)]
+        # Slots from 400 up are never selected.
+        indices[row, :count] = torch.randperm(400, generator=draw)[:count].int()
+    return q_latent, q_rope, latent, rope, indices
+
+
+def loop(q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention one query at a time, in float64."""
+    out = torch.zeros(q_latent.shape, dtype=torch.float64)
+    lse = torch.full(q_latent.shape[:2], -torch.inf, dtype=torch.float64)
+    for row, chosen in enumerate(indices.long()):
+        chosen = chosen[chosen >= 0]
+        if len(chosen):
+            scores = q_latent[row].double() @ latent[chosen].double().T
+            scores = (scores + q_rope[row].double() @ rope[chosen].double().T) * SM_SCALE
+            out[row] = scores.softmax(-1) @ latent[chosen].double()
+            lse[row] = scores.logsumexp(-1)
+    return out, lse
+
+
+def test_it_equals_a_float64_loop_over_queries() -> None:
+    q_latent, q_rope, latent, rope, indices = problem()
+    out, lse = backends.get("reference").attend_rows(q_latent, q_rope, latent, rope, indices, SM_SCALE)
+    want, want_lse = loop(q_latent, q_rope, latent, rope, indices)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-5)
+
+
+def test_a_row_without_a_valid_slot_gives_zero_and_minus_infinity() -> None:
+    q_latent, q_rope, latent, rope, indices = problem()
+    out, lse = backends.get("reference").attend_rows(q_latent, q_rope, latent, rope, indices, SM_SCALE)
+    empty = (indices < 0).all(-1)
+    assert empty.any()
+    assert (out[empty] == 0).all()
+    assert (lse[empty] == -torch.inf).all()
+
+
+def test_rows_that_nobody_selected_may_hold_nan() -> None:
+    q_latent, q_rope, latent, rope, indices = problem()
+    latent[400:], rope[400:] = torch.nan, torch.nan
+    out, _ = backends.get("reference").attend_rows(q_latent, q_rope, latent, rope, indices, SM_SCALE)
+    assert out.isfinite().all()
+
+
+def test_a_nan_row_reaches_only_the_queries_that_selected_it() -> None:
+    q_latent, q_rope, latent, rope, indices = problem()
+    poisoned = int(indices[1, 0])
+    latent[poisoned] = torch.nan
+    out, _ = backends.get("reference").attend_rows(q_latent, q_rope, latent, rope, indices, SM_SCALE)
+    hit = (indices == poisoned).any(-1)
+    assert hit.any()
+    assert not hit.all()
+    assert out[hit].isnan().all()
+    assert out[~hit].isfinite().all()
+
+
+def test_chunking_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = problem()
+    whole, _ = backends.get("reference").attend_rows(*inputs, SM_SCALE)
+    monkeypatch.setitem(reference.SCORES_PER_CHUNK, "cpu", 5000)
+    chunked, _ = backends.get("reference").attend_rows(*inputs, SM_SCALE)
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_slot_selected_twice_counts_twice() -> None:
+    q_latent, q_rope, latent, rope, _ = problem()
+    twice = torch.tensor([[5, 5, 9]], dtype=torch.int32)
+    out, lse = backends.get("reference").attend_rows(q_latent[:1], q_rope[:1], latent, rope, twice, SM_SCALE)
+    want, want_lse = loop(q_latent[:1], q_rope[:1], latent, rope, twice)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", kv.names())
+def test_every_format_is_attended_as_its_decoded_rows(name: str) -> None:
+    q_latent, q_rope, latent, rope, indices = problem()
+    format = kv.get(name)
+    scales = Scales(latent=0.25, rope=0.5) if format.uses_scales else Scales()
+    cache = format.allocate(latent.shape[0])
+    slots = torch.arange(latent.shape[0])
+    format.store(cache, slots, latent, rope, scales)
+    got, _ = backends.get("reference").attend(q_latent, q_rope, cache, format, indices, SM_SCALE, scales)
+    want, _ = loop(q_latent, q_rope, *format.load(cache, slots, scales), indices)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
