@@ -82,9 +82,8 @@ class Accumulator:
             raise ValueError(f"shapes differ: got {list(got.shape)}, ref {list(ref.shape)}, where {shape}")
         if ref.dim() == 0 or ref.numel() == 0 or (where is not None and not bool(where.any())):
             raise ValueError(f"nothing to compare in shape {list(ref.shape)}: need [tokens, ...] with a value")
-        got, ref = got.detach().flatten(1), ref.detach().flatten(1)
-        got, ref = (got[:, None], ref[:, None]) if got.dim() == 1 else (got, ref)
-        where = None if where is None else where.reshape(ref.shape)
+        got, ref = (x.detach().reshape(len(ref), -1) for x in (got, ref))
+        where = None if where is None else where.reshape(len(ref), -1)
         limit = CHUNK_GPU if ref.is_cuda else CHUNK_CPU
         rows = max(1, limit // ref.shape[1])
         for start in range(0, len(ref), rows):

@@ -14,10 +14,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from evalkit import kv
 from evalkit.attention import backends
 from evalkit.candidate import Candidate
 from evalkit.compare.arms import REFERENCE, Subject
+from evalkit.errors import InputError
 from evalkit.records import LayerRecord
 
 KERNEL, BATCH, NOISE = "floor:kernel", "floor:batch", "floor:noise"
@@ -36,17 +36,17 @@ def floors(model: Any) -> list[Subject]:
 
 
 def kernel_floor(model: Any) -> tuple[Candidate | None, str]:
-    """The first other backend that reads bf16 here, or None with every backend's reason."""
-    config, reasons = model.config, []
+    """The first other backend that reads bf16 for this model here, or None with every backend's reason."""
+    reasons = []
     for name in backends.names():
         if name == REFERENCE.backend:
             continue
-        reason = backends.get(name).unavailable_because(
-            kv.get(REFERENCE.format), model.device, config.num_attention_heads, config.index_topk
-        )
-        if reason is None:
-            return Candidate(format=REFERENCE.format, backend=name), ""
-        reasons.append(f"{name}: {reason}")
+        try:
+            found: Candidate = model.evalkit.resolve(Candidate(format=REFERENCE.format, backend=name))
+        except InputError as refusal:
+            reasons.append(str(refusal))
+        else:
+            return found, ""
     return None, "; ".join(reasons) or "no other backend is registered"
 
 

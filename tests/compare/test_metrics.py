@@ -133,3 +133,8 @@ def test_bf16_and_huge_values_are_summed_without_overflow():
 def test_an_error_beyond_float32_still_has_a_finite_percentile():
     found = compare(torch.full((2, 2), 3e38), torch.full((2, 2), -3e38))
     assert found.abs_p50 == pytest.approx(6e38, rel=1e-6)
+
+
+def test_one_number_a_token_is_a_tensor_too():
+    found = compare(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.ones(4))
+    assert found.token_relative_l2_mean == 0.25 and found.tokens == 4
