@@ -1,0 +1,1 @@
+"""How dsa-nano, the embedded checkpoint, was made: documents, tokenizer, model, optimizer, loop and evaluation."""

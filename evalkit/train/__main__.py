@@ -1,0 +1,83 @@
+"""`python -m evalkit.train run|evaluate|tokenizer|card`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from evalkit.train import card, checkpoint, evaluate, tokenizer
+from evalkit.train.config import TINY, TrainConfig
+from evalkit.train.loop import Trainer
+
+# Of a run's minutes: evaluation, start-up and exports keep this much, the phases share the rest.
+RESERVE, RESERVE_SECONDS = 0.15, 80.0
+SHARES = (0.62, 0.18, 0.20)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m evalkit.train", description="How dsa-nano is made.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train, export and evaluate")
+    run.add_argument("--out", type=Path, required=True, help="directory of the run; its export/ is the checkpoint")
+    run.add_argument("--minutes", type=float, default=7.0, help="wall time, evaluation included")
+    run.add_argument("--seed", type=int, default=1)
+    run.add_argument("--resume", action="store_true", help="continue from OUT/state.pt")
+    run.add_argument("--from", dest="origin", type=Path, help="start at the indexer phase from this checkpoint")
+    run.add_argument("--size", choices=("nano", "tiny"), default="nano", help="tiny: a rehearsal on a CPU")
+    run.add_argument("--workers", type=int, help="processes that make documents")
+    run.add_argument("--documents", type=int, default=256, help="documents a task in the evaluation; 0 for none")
+    scored = commands.add_parser("evaluate", help="exact match on held-out documents")
+    scored.add_argument("checkpoint", type=Path)
+    scored.add_argument("--documents", type=int, default=256)
+    scored.add_argument("--lengths", type=int, nargs="+", default=[2048, 1024, 4096])
+    for command in (run, scored):
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made = commands.add_parser("tokenizer", help="write the tokenizer")
+    made.add_argument("--out", type=Path, required=True)
+    written = commands.add_parser("card", help="write README.md from training.json and evaluation.json")
+    written.add_argument("checkpoint", type=Path)
+    return parser
+
+
+def _run(arguments: argparse.Namespace, device: torch.device) -> None:
+    config = TINY if arguments.size == "tiny" else TrainConfig()
+    budget = 60 * arguments.minutes
+    budget -= min(RESERVE_SECONDS, RESERVE * budget)
+    dense, indexer, joint = (budget * share for share in SHARES)
+    config = replace(config, seconds=(dense, indexer, joint), seed=arguments.seed)
+    if arguments.workers:
+        config = replace(config, workers=arguments.workers)
+    trainer = Trainer(config, arguments.out, device)
+    if arguments.resume and (arguments.out / "state.pt").exists():
+        trainer.resume()
+    elif arguments.origin is not None:
+        trainer.model.load_state_dict(checkpoint.load(arguments.origin).state_dict())
+        trainer.progress.phase = 1
+    trainer.run()
+    if arguments.documents:
+        lengths = (2048, 1024, 4096) if arguments.size == "nano" else (256,)
+        evaluate.evaluate(arguments.out / "export", device, arguments.documents, lengths)
+    card.write(arguments.out / "export")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.command in ("run", "evaluate"):
+        device = torch.device(arguments.device)
+        if arguments.command == "run":
+            _run(arguments, device)
+        else:
+            evaluate.evaluate(arguments.checkpoint, device, arguments.documents, tuple(arguments.lengths))
+    elif arguments.command == "tokenizer":
+        tokenizer.save(tokenizer.train(), arguments.out)
+    else:
+        card.write(arguments.checkpoint)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

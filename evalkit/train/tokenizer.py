@@ -1,0 +1,95 @@
+"""The byte-level BPE tokenizer of dsa-nano: 1,024 entries, every word of the task documents one of them.
+
+Trained on words and templates of `tasks/documents.py` alone, so that it is the same wherever it is made.
+Digits are never merged with each other; any UTF-8 text is covered by the 256 byte entries.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tasks import documents
+
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+VOCAB_SIZE = 1024
+PIECE = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+TEMPLATE_WORDS = (
+    "The code of is Let be At add then end makes set take Note A can see the We put on a He met and by saw in old"
+).split()
+
+
+def _corpus() -> list[str]:
+    """Words weighted so that those of the documents become single entries before the rest fills the vocabulary."""
+    words = [f" {word}" for word in (*TEMPLATE_WORDS, *documents.REGISTERS)]
+    digits = [f" {digit}." for digit in range(10)]
+    frame = [documents.HEADER, documents.QUESTION]
+    return 50 * (words + digits + frame) + 8 * [f" {word}" for word in documents.WORDS] + list(documents.WORDS)
+
+
+def train() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECE), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, directory: Path) -> None:
+    """tokenizer.json and tokenizer_config.json, as AutoTokenizer reads them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "model_max_length": 8192,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class Encoder:
+    """Text to ids, one look-up a piece: BPE never merges across pieces, so a piece's ids do not depend on its place."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.pad, self.bos, self.eos = (tokenizer.token_to_id(token) for token in (PAD, BOS, EOS))
+        self._ids: dict[str, int] = {}
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of a text made of the documents' words.
+
+        Raises:
+            ValueError: a piece of the text is more than one entry.
+        """
+        ids = self._ids
+        pieces = documents.PIECE.findall(text)
+        try:
+            return [ids[piece] for piece in pieces]
+        except KeyError:
+            for piece in set(pieces) - ids.keys():
+                encoded = self.tokenizer.encode(piece, add_special_tokens=False).ids
+                if len(encoded) != 1:
+                    raise ValueError(f"{piece!r} is {len(encoded)} tokens; a document's words must be one each") from None
+                ids[piece] = encoded[0]
+            return [ids[piece] for piece in pieces]
+
+
