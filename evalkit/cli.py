@@ -55,15 +55,14 @@ def run(
 
     Example: evalkit run --config configs/eval-fp8.toml --set task_documents=48
     """
-    from evalkit import pipeline
-
     if resume is not None and (config is not None or set_):
         raise InputError(
             f"--resume {resume} takes its configuration from the run: give neither --config nor --set"
         )
-    print(
-        pipeline.run(_resumed(resume) if resume is not None else RunConfig.load(config, set_ or ()), resume)
-    )
+    asked = _resumed(resume) if resume is not None else RunConfig.load(config, set_ or ())
+    from evalkit import pipeline
+
+    print(pipeline.run(asked, resume))
 
 
 @app.command()
@@ -72,9 +71,10 @@ def layers(config: Config = None, set_: Set = None) -> None:
 
     Example: evalkit layers --set candidates=bf16@reference,fp8_e4m3:one@reference
     """
+    asked = RunConfig.load(config, set_ or ())
     from evalkit import pipeline
 
-    print(pipeline.layers(RunConfig.load(config, set_ or ())))
+    print(pipeline.layers(asked))
 
 
 @app.command()
@@ -83,9 +83,10 @@ def tasks(config: Config = None, set_: Set = None) -> None:
 
     Example: evalkit tasks --config configs/eval-fp8.toml --set task_documents=100
     """
+    asked = RunConfig.load(config, set_ or ())
     from evalkit import pipeline
 
-    print(pipeline.tasks(RunConfig.load(config, set_ or ())))
+    print(pipeline.tasks(asked))
 
 
 @app.command()
@@ -167,7 +168,7 @@ def lm_eval(
     """
     from evalkit.evaluate.lm import lm_eval_main
 
-    raise typer.Exit(lm_eval_main(arguments or []) or 0)
+    lm_eval_main(arguments or [])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

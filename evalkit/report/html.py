@@ -25,7 +25,11 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
     """The page as text."""
     views, losses = plots.layer_views(records), plots.loss_points(records)
     page = Environment(
-        loader=PackageLoader("evalkit.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("evalkit.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     ).get_template("report.html.j2")
     return page.render(
         name=run.path.name,
@@ -34,7 +38,11 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         environment=next(iter(only(records, EnvironmentRecord)), None),
         documents=sorted({(r.task, r.n) for r in only(records, TaskRecord)}),
         first=[table for table in (tables.candidates(records), tables.tasks(records)) if table.rows],
-        more=[table for table in (tables.rungs(records), tables.tokens(records), tables.selection(records)) if table.rows],
+        more=[
+            table
+            for table in (tables.rungs(records), tables.tokens(records), tables.selection(records))
+            if table.rows
+        ],
         folded=[table for table in (tables.ranges(records), tables.probes(records)) if table.rows],
         ending=[table for table in (tables.provenance(records), tables.environment(records)) if table.rows],
         views=views,

@@ -24,7 +24,10 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
     lines = [f"# {run.path.name}", ""]
     for record in only(records, EnvironmentRecord):
         where = record.gpu or record.device
-        lines += [f"{record.checkpoint} ({record.checkpoint_sha256[:12]}) on {where}, {record.dtype}, {record.started_utc}.", ""]
+        lines += [
+            f"{record.checkpoint} ({record.checkpoint_sha256[:12]}) on {where}, {record.dtype}, {record.started_utc}.",
+            "",
+        ]
     shown = (tables.candidates, tables.layers, tables.tasks, tables.tokens)
     for table in (make(records) for make in shown):
         if table.rows:

@@ -26,7 +26,8 @@ def layer_views(records: Sequence[Record]) -> list[dict[str, Any]]:
     for probe, phase, frozen in dict.fromkeys((r.probe, r.phase, r.frozen) for r in drawn):
         here = [r for r in drawn if (r.probe, r.phase, r.frozen) == (probe, phase, frozen)]
         modes = {
-            mode: _curves([r for r in here if r.mode == mode], order) for mode in dict.fromkeys(r.mode for r in here)
+            mode: _curves([r for r in here if r.mode == mode], order)
+            for mode in dict.fromkeys(r.mode for r in here)
         }
         views.append({"probe": probe, "phase": phase, "frozen": frozen, "modes": modes})
     return sorted(views, key=_view_rank)
@@ -42,7 +43,13 @@ def loss_points(records: Sequence[Record]) -> list[dict[str, Any]]:
             "control": tables.is_control(name),
             "index": place,
             "points": [
-                {"task": r.task, "n": r.n, "loss": 100 * r.loss, "lower": _points(r.loss_lower), "upper": _points(r.loss_upper)}
+                {
+                    "task": r.task,
+                    "n": r.n,
+                    "loss": 100 * r.loss,
+                    "lower": _points(r.loss_lower),
+                    "upper": _points(r.loss_upper),
+                }
                 for r in found
                 if r.candidate == name
             ],
@@ -55,7 +62,9 @@ def loss_points(records: Sequence[Record]) -> list[dict[str, Any]]:
 def _curves(found: Sequence[LayerRecord], order: Sequence[str]) -> list[dict[str, Any]]:
     curves = []
     for candidate, rung in dict.fromkeys((r.candidate, r.rung) for r in found):
-        line = sorted((r for r in found if (r.candidate, r.rung) == (candidate, rung)), key=lambda r: r.layer or 0)
+        line = sorted(
+            (r for r in found if (r.candidate, r.rung) == (candidate, rung)), key=lambda r: r.layer or 0
+        )
         values = [r.relative_l2 for r in line]
         floor = rung.startswith("floor:")
         name = f"{rung.replace(':', ': ')} ({candidate})" if floor else candidate

@@ -46,14 +46,17 @@ def candidates(records: Sequence[Record]) -> Table:
     names = sorted({record.task for record in tasks})
     rows = []
     for record in _candidates(records):
-        mine = [task for name in names for task in tasks if (task.task, task.candidate) == (name, record.candidate)]
+        mine = [
+            task
+            for name in names
+            for task in tasks
+            if (task.task, task.candidate) == (name, record.candidate)
+        ]
         kl = next((token for token in _by_phase(tokens) if token.candidate == record.candidate), None)
         rows.append(
             (
                 record.candidate,
-                record.kernel,
                 f"{record.row_bytes_per_token:,}",
-                NA if record.bytes_per_token_read_back is None else f"{record.bytes_per_token_read_back:,}",
                 worst_layer(layers, record.candidate, "isolated"),
                 worst_layer(layers, record.candidate, "propagated"),
                 NA if kl is None else f"{number(kl.kl_mean_nats)} ({kl.n:,})",
@@ -68,12 +71,16 @@ def candidates(records: Sequence[Record]) -> Table:
             "next token in nats (tokens); loss of score in points against the baseline, with its interval."
         ),
         columns=(
-            "candidate", "kernel", "bytes/token", "read back", "attention, isolated", "attention, propagated", "KL nats (n)",
+            "candidate",
+            "bytes/token",
+            "attention, isolated",
+            "attention, propagated",
+            "KL nats (n)",
             *(f"loss: {name}" for name in names),
         ),
         rows=tuple(rows),
-        text_columns=2,
-    )  # fmt: skip
+        text_columns=1,
+    )
 
 
 def provenance(records: Sequence[Record]) -> Table:
@@ -81,14 +88,23 @@ def provenance(records: Sequence[Record]) -> Table:
     return Table(
         key="provenance",
         title="What ran",
-        caption="What was asked for, what it resolved to, and how indexer keys were stored and rows read.",
-        columns=("asked for", "candidate", "format", "scales", "backend", "kernel", "index", "read", "note"),
+        caption=(
+            "What was asked for, what it resolved to, how indexer keys were stored and rows read, and the bytes that the "
+            "kernel read back for each token."
+        ),
+        columns=(
+            "asked for", "candidate", "format", "scales", "backend", "kernel", "index", "read", "note", "bytes/token", "read back",
+        ),
         rows=tuple(
-            (c.requested, c.candidate, c.format, c.scales, c.backend, c.kernel, c.index, c.read, c.note)
+            (
+                c.requested, c.candidate, c.format, c.scales, c.backend, c.kernel, c.index, c.read, c.note or "none",
+                f"{c.row_bytes_per_token:,}",
+                NA if c.bytes_per_token_read_back is None else f"{c.bytes_per_token_read_back:,}",
+            )
             for c in _candidates(records)
         ),
         text_columns=9,
-    )
+    )  # fmt: skip
 
 
 def layers(records: Sequence[Record]) -> Table:
@@ -96,7 +112,8 @@ def layers(records: Sequence[Record]) -> Table:
     found = [
         r
         for r in only(records, LayerRecord)
-        if (r.probe, r.mode, r.frozen, r.rung) == ("attention", "isolated", "none", "total") and r.layer is not None
+        if (r.probe, r.mode, r.frozen, r.rung) == ("attention", "isolated", "none", "total")
+        and r.layer is not None
     ]
     phase = next((phase for phase in PHASES if any(r.phase == phase for r in found)), "")
     found = [r for r in found if r.phase == phase]
@@ -109,7 +126,8 @@ def layers(records: Sequence[Record]) -> Table:
         f"{_n_of(sorted({r.n for r in found}))}.",
         columns=("layer", *names),
         rows=tuple(
-            (str(layer), *(values.get((layer, name), NA) for name in names)) for layer in sorted({k[0] for k in values if k[0] is not None})
+            (str(layer), *(values.get((layer, name), NA) for name in names))
+            for layer in sorted({k[0] for k in values if k[0] is not None})
         ),
         text_columns=1,
     )
@@ -233,21 +251,20 @@ def tasks(records: Sequence[Record]) -> Table:
             "(baseline right, candidate wrong) and gained; exact McNemar p. A loss whose interval holds zero is not a finding."
         ),
         columns=(
-            "task", "candidate", "metric", "n", "score", "baseline", "loss, points", "interval by", "lost", "gained", "McNemar p",
+            "task", "candidate", "n", "score", "loss, points", "lost", "gained", "McNemar p", "baseline", "interval by", "metric",
             "mean context", "over top-k", "seconds",
         ),
         rows=tuple(
             (
-                r.task, r.candidate, f"{r.metric} ({r.filter})", f"{r.n:,}",
-                f"{share(r.score)} {interval(r.score_lower, r.score_upper)}",
-                f"{share(r.baseline_score)} {r.baseline}", _loss(r), r.interval_method,
+                r.task, r.candidate, f"{r.n:,}", f"{share(r.score)} {interval(r.score_lower, r.score_upper)}", _loss(r),
                 NA if r.lost is None else str(r.lost), NA if r.gained is None else str(r.gained),
-                NA if r.mcnemar_p is None else f"{r.mcnemar_p:.3g}",
-                NA if r.mean_context_tokens is None else f"{r.mean_context_tokens:,.0f} tokens", share(r.share_over_topk), f"{r.wall_s:.1f}",
+                NA if r.mcnemar_p is None else f"{r.mcnemar_p:.3g}", f"{share(r.baseline_score)} {r.baseline}", r.interval_method,
+                f"{r.metric} ({r.filter})", NA if r.mean_context_tokens is None else f"{r.mean_context_tokens:,.0f} tokens",
+                share(r.share_over_topk), f"{r.wall_s:.1f}",
             )
             for r in sorted(_ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
         ),
-        text_columns=3,
+        text_columns=2,
     )  # fmt: skip
 
 
@@ -307,7 +324,13 @@ def share(value: float | None) -> str:
     if value is None:
         return NA
     text = f"{value:.1%}"
-    return f"{value:.2e}" if text == "0.0%" and value > 0 else f"{value:.4%}" if text == "100.0%" and value < 1 else text
+    return (
+        f"{value:.2e}"
+        if text == "0.0%" and value > 0
+        else f"{value:.4%}"
+        if text == "100.0%" and value < 1
+        else text
+    )
 
 
 def cosine(value: float | None) -> str:
@@ -315,7 +338,9 @@ def cosine(value: float | None) -> str:
     return NA if value is None else f"{value:.6f}"
 
 
-def interval(lower: float | None, upper: float | None, scale: Callable[[float], str] = lambda x: f"{100 * x:.1f}") -> str:
+def interval(
+    lower: float | None, upper: float | None, scale: Callable[[float], str] = lambda x: f"{100 * x:.1f}"
+) -> str:
     """`[low, high]`, or n/a where there is none."""
     return f"[{NA}]" if lower is None or upper is None else f"[{scale(lower)}, {scale(upper)}]"
 

@@ -13,7 +13,7 @@ from evalkit.report import tables
 from evalkit.report.tables import Table
 
 # Columns that summary.md and report.html have room for.
-LEFT_TO_FILES = {"kernel", "read back", "metric", "baseline", "interval by", "mean context", "over top-k", "seconds"}
+LEFT_TO_FILES = ("loss:", "baseline", "interval", "metric", "mean context", "over top-k", "seconds")
 
 
 def show(run: Path, console: Console | None = None) -> None:
@@ -33,8 +33,10 @@ def show(run: Path, console: Console | None = None) -> None:
 
 
 def _rich(table: Table) -> RichTable:
-    made = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown = [place for place, column in enumerate(table.columns) if column not in LEFT_TO_FILES]
+    made = RichTable(
+        title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    shown = [place for place, column in enumerate(table.columns) if not column.startswith(LEFT_TO_FILES)]
     for place in shown:
         text = place < table.text_columns
         heading = Text(table.columns[place].replace("@", "\n@"))

@@ -19,11 +19,18 @@ from evalkit.records import (
     TokenRecord,
 )
 
-CANDIDATES = ["fp8_e4m3:one@flashinfer", "fp8_e4m3:calibrated@flashinfer", "fp8_ds_mla@flashmla", "bf16@reference"]
+CANDIDATES = [
+    "fp8_e4m3:one@flashinfer",
+    "fp8_e4m3:calibrated@flashinfer",
+    "fp8_ds_mla@flashmla",
+    "bf16@reference",
+]
 SIZES = {"fp8_e4m3:one@flashinfer": 576, "fp8_e4m3:calibrated@flashinfer": 576, "fp8_ds_mla@flashmla": 656}
 
 
-def layer_record(candidate: str, layer: int | None, relative_l2: float | None, **changes: object) -> LayerRecord:
+def layer_record(
+    candidate: str, layer: int | None, relative_l2: float | None, **changes: object
+) -> LayerRecord:
     """A LayerRecord of the attention output in isolated decode, with only its relative L2 given."""
     values: dict[str, object] = {
         "phase": "decode",
@@ -121,7 +128,11 @@ def run(tmp_path: Path) -> RunDirectory:
         )
         for candidate in CANDIDATES
     ]  # fmt: skip
-    for stage, records in (("start", _opening()), ("layers", [*_layers(rng), *tokens]), ("tasks", _tasks(rng))):
+    for stage, records in (
+        ("start", _opening()),
+        ("layers", [*_layers(rng), *tokens]),
+        ("tasks", _tasks(rng)),
+    ):
         with made.stage(stage) as writer:
             for record in records:
                 writer.write(record)

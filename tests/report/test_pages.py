@@ -1,0 +1,148 @@
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from evalkit import cli
+from evalkit.records import LayerRecord, RunDirectory, StageRecord, only
+from evalkit.report import html, markdown, plots, tables, terminal
+from tests.report.conftest import layer_record
+
+
+class Page(HTMLParser):
+    """The text of table cells, and every address that a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.fetched: list[str] = []
+        self.scripts = 0
+        self._cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._cell = tag in ("td", "th")
+        self.scripts += tag == "script"
+        if self._cell:
+            self.cells.append("")
+        self.fetched += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "srcset") or (tag == "link" and name == "href")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self.cells[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = False
+
+
+def payload(page: str, name: str) -> list[dict]:
+    return json.loads(re.search(rf"^const {name} = (.*);$", page, re.MULTILINE)[1])
+
+
+def test_every_table_stands_in_the_page_cell_by_cell(run: RunDirectory):
+    records = run.read()
+    page = Page(html.write(run.path).read_text(encoding="utf-8"))
+    made = (
+        tables.candidates, tables.tasks, tables.rungs, tables.tokens, tables.selection, tables.ranges, tables.probes,
+        tables.provenance, tables.environment,
+    )  # fmt: skip
+    expected = [
+        cell
+        for table in (make(records) for make in made)
+        for row in (table.columns, *table.rows)
+        for cell in row
+    ]
+    assert page.cells == expected
+
+
+def test_curves_hold_the_records_values(run: RunDirectory):
+    page = html.render(run, run.read())
+    first = payload(page, "views")[0]
+    assert (first["probe"], first["phase"], first["frozen"]) == ("attention", "decode", "none")
+    curves = {curve["name"]: curve for curve in first["modes"]["isolated"]}
+    for candidate in ("fp8_e4m3:one@flashinfer", "fp8_ds_mla@flashmla"):
+        assert curves[candidate]["value"] == [
+            r.relative_l2
+            for r in only(run.read(), LayerRecord)
+            if (r.candidate, r.phase, r.mode, r.probe, r.rung)
+            == (candidate, "decode", "isolated", "attention", "total")
+        ]
+    assert [curve["role"] for curve in first["modes"]["isolated"]] == [
+        "control",
+        "candidate",
+        "candidate",
+        "candidate",
+        "floor",
+    ]
+    assert "floor: other-kernel (bf16@reference)" in curves
+
+
+def test_a_curve_without_a_logarithm_is_named_so():
+    zero = [layer_record("a", layer, 0.0) for layer in range(2)]
+    none = [layer_record("b", layer, None) for layer in range(2)]
+    (view,) = plots.layer_views([*zero, *none])
+    assert [curve["name"] for curve in view["modes"]["isolated"]] == ["a (0 throughout)", "b (not measured)"]
+    assert view["modes"]["isolated"][0]["value"] == [None, None]
+
+
+def test_the_page_needs_no_network_and_holds_plotly_once(run: RunDirectory):
+    text = html.render(run, run.read())
+    page = Page(text)
+    assert page.fetched == []
+    assert page.scripts == 2
+    assert text.count("plotly.js v") == 1
+    assert "default-src 'none'" in text
+
+
+def test_what_a_run_was_called_cannot_become_markup(run: RunDirectory):
+    text = html.render(run, run.read())
+    assert "evalkit run --config &lt;made-up&gt;.toml" in text
+    assert "fp8 &lt;asked&gt;" in text
+    assert "<asked>" not in text
+
+
+def test_a_run_without_figures_is_a_page_without_plotly(run: RunDirectory):
+    text = html.render(run, [StageRecord(stage="start", wall_s=1.0)])
+    assert "<script" not in text
+    assert len(text) < 20_000
+
+
+def test_the_summary_holds_the_tables(run: RunDirectory):
+    text = markdown.write(run.path).read_text(encoding="utf-8")
+    for table in (tables.candidates(run.read()), tables.layers(run.read()), tables.tasks(run.read())):
+        for row in table.rows:
+            assert f"| {' | '.join(row)} |" in text
+    assert "evalkit run --config <made-up>.toml" in text
+
+
+def test_a_bar_in_a_cell_does_not_split_it():
+    assert tables.ranges([]).columns[3] == "max |x|"
+    assert markdown._rows(tables.ranges([]))[0].count(r"\|") == 2
+
+
+@pytest.mark.parametrize("width", [80, 132])
+def test_the_terminal_shows_every_candidate_and_its_numbers(width: int, run: RunDirectory):
+    out = io.StringIO()
+    terminal.show(run.path, Console(file=out, width=width))
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for row in tables.candidates(run.read()).rows:
+        assert row[0] in text
+    for row in tables.layers(run.read()).rows:
+        assert all(cell in text for cell in row)
+
+
+def test_report_writes_both_files_and_says_where(run: RunDirectory, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["report", str(run.path)])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.rstrip().endswith("report.html")
+    assert (run.path / "report.html").is_file()
+    assert (run.path / "summary.md").is_file()

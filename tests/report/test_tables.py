@@ -1,0 +1,131 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from evalkit.records import CandidateRecord, LayerRecord, RunDirectory, TaskRecord, only
+from evalkit.report import tables
+from tests.report.conftest import CANDIDATES, layer_record
+
+
+def test_the_bf16_control_is_the_first_row_though_recorded_last(run: RunDirectory):
+    rows = tables.candidates(run.read()).rows
+    assert [row[0] for row in rows] == ["bf16@reference", *CANDIDATES[:3]]
+
+
+def test_a_candidates_row_holds_its_own_numbers(run: RunDirectory):
+    records = run.read()
+    shown = {row[0]: row for row in tables.candidates(records).rows}
+    for candidate in CANDIDATES:
+        worst = max(
+            (r.relative_l2 or 0.0, r.layer)
+            for r in only(records, LayerRecord)
+            if (r.candidate, r.phase, r.mode, r.probe, r.rung)
+            == (candidate, "decode", "propagated", "attention", "total")
+        )
+        assert shown[candidate][3] == (f"{tables.number(worst[0])} (layer {worst[1]})" if worst[0] else "0")
+        loss = next(r for r in only(records, TaskRecord) if (r.candidate, r.task) == (candidate, "registers"))
+        assert (
+            shown[candidate][-1]
+            == f"{100 * loss.loss:+.1f} [{100 * loss.loss_lower:+.1f}, {100 * loss.loss_upper:+.1f}]"
+        )
+
+
+def test_the_layer_table_holds_every_layer_of_every_candidate(run: RunDirectory):
+    table = tables.layers(run.read())
+    assert [row[0] for row in table.rows] == ["0", "1", "2", "3"]
+    value = next(
+        r.relative_l2
+        for r in only(run.read(), LayerRecord)
+        if (r.candidate, r.layer, r.phase, r.mode, r.probe, r.rung)
+        == ("fp8_ds_mla@flashmla", 2, "decode", "isolated", "attention", "total")
+    )
+    assert table.rows[2][table.columns.index("fp8_ds_mla@flashmla")] == tables.number(value)
+
+
+def test_rungs_stand_beside_the_floor_of_their_layer(run: RunDirectory):
+    table = tables.rungs(run.read())
+    assert table.columns[5:9] == ("format", "kernel", "total", "floor:other-kernel")
+    floors = {
+        (r.phase, str(r.layer)): tables.number(r.relative_l2)
+        for r in only(run.read(), LayerRecord)
+        if r.rung == "floor:other-kernel"
+    }
+    assert len(table.rows) == 32
+    for row in table.rows:
+        assert row[8] == floors[row[1], row[4]]
+
+
+def test_every_record_has_its_row(run: RunDirectory):
+    records = run.read()
+    assert len(tables.probes(records).rows) == sum(r.rung == "total" for r in only(records, LayerRecord))
+    assert len(tables.selection(records).rows) == 4 * 4 * 2
+    assert len(tables.ranges(records).rows) == 4 * 4 * 2
+    assert len(tables.tasks(records).rows) == 8
+    assert len(tables.tokens(records).rows) == 4
+    assert len(tables.provenance(records).rows) == 4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tables.candidates, tables.provenance, tables.layers, tables.probes, tables.rungs, tables.selection, tables.ranges,
+        tables.tokens, tables.tasks, tables.environment,
+    ],
+)  # fmt: skip
+def test_rows_are_as_wide_as_their_heading(make, run: RunDirectory):
+    table = make(run.read())
+    assert table.rows
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert make([]).rows == ()
+
+
+def test_a_number_that_does_not_exist_reads_na(run: RunDirectory):
+    candidate = replace(only(run.read(), CandidateRecord)[0], bytes_per_token_read_back=None)
+    assert tables.provenance([candidate]).rows[0][-1] == "n/a"
+    assert tables.candidates([candidate]).rows[0][2:] == ("n/a", "n/a", "n/a")
+    task = replace(only(run.read(), TaskRecord)[0], loss_lower=None, loss_upper=None, score_lower=None)
+    assert tables.tasks([task]).rows[0][4].endswith("[n/a]")
+    assert tables.tasks([task]).rows[0][3].endswith("[n/a]")
+
+
+def test_non_finite_values_are_shown_and_not_outshone_by_finite_ones():
+    layers = [layer_record("fp8", 0, 0.5), layer_record("fp8", 1, None, nonfinite=3)]
+    assert tables.worst_layer(layers, "fp8", "isolated") == "non-finite (layer 1)"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "n/a"),
+        (0.0, "0"),
+        (0.03125, "0.0312"),
+        (1234.5, "1.23e+03"),
+        (2e-5, "2.00e-05"),
+        (-3e38, "-3.00e+38"),
+        (1.0, "1"),
+    ],
+)
+def test_numbers_keep_three_digits(value: float | None, text: str):
+    assert tables.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "n/a"),
+        (0.0, "0.0%"),
+        (1.0, "100.0%"),
+        (0.5, "50.0%"),
+        (1e-5, "1.00e-05"),
+        (1 - 1e-5, "99.9990%"),
+    ],
+)
+def test_a_share_that_is_not_quite_none_or_all_does_not_read_so(value: float | None, text: str):
+    assert tables.share(value) == text
+
+
+def test_numbers_read_back_within_half_a_digit():
+    for exponent in range(-12, 12):
+        value = 1.23456 * 10.0**exponent
+        assert math.isclose(float(tables.number(value)), value, rel_tol=5e-3)

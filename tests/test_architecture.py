@@ -1,0 +1,74 @@
+"""Imports point one way, along the data flow."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import evalkit
+
+PACKAGE = Path(evalkit.__file__).parent
+# A part may import itself, parts of lower rank, and nothing of its own rank but itself.
+RANK = {
+    "errors": 0,
+    "registry": 1,
+    "records": 1,
+    "kv": 2,
+    "config": 2,
+    "stats": 2,
+    "candidate": 3,
+    "environment": 3,
+    "attention": 4,
+    "model": 5,
+    "train": 6,
+    "compare": 6,
+    "evaluate": 6,
+    "gate": 6,
+    "report": 6,
+    "pipeline": 7,
+    "cli": 8,
+}
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules that a file names in imports, wherever in the file they stand."""
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively: name the module in full"
+            if node.module == "evalkit":
+                yield from (f"evalkit.{name.name}" for name in node.names)
+            else:
+                yield node.module or ""
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.name != "__init__.py" or len(path.parts) > 1], ids=str
+)
+def test_imports_point_one_way(path: Path):
+    assert part(path) in RANK, f"give {part(path)} its place in RANK"
+    parts = {name.split(".")[1] for name in imported(path) if name.startswith("evalkit.")}
+    upward = {other for other in parts & RANK.keys() - {part(path)} if RANK[other] >= RANK[part(path)]}
+    assert not upward, f"{path} imports {upward}, which stand no lower than it"
+
+
+def test_reports_and_records_are_read_without_torch_or_transformers():
+    """Any run directory can be reported again on a machine without them."""
+    modules = [
+        "evalkit." + ".".join(path.with_suffix("").parts)
+        for path in FILES
+        if part(path) in ("report", "gate", "records", "config", "cli") and path.name != "__init__.py"
+    ]
+    assert modules
+    heavy = "{'torch', 'transformers', 'lm_eval', 'datasets', 'scipy', 'numpy'} & sys.modules.keys()"
+    check = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\nassert not ({heavy}), {heavy}"
+    subprocess.run([sys.executable, "-c", check], check=True)

@@ -1,0 +1,118 @@
+from pathlib import Path
+
+import pytest
+
+from evalkit import config
+from evalkit.config import RunConfig
+from evalkit.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An embedded checkpoint called dsa-nano, whose files nobody reads here."""
+    made = tmp_path / "embedded" / "dsa-nano"
+    made.mkdir(parents=True)
+    (made / "config.json").write_text("{}")
+    monkeypatch.setattr(config, "EMBEDDED", made.parent)
+    return made
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_and_overrides_are_read_in_order(tmp_path: Path):
+    path = toml(
+        tmp_path, 'name = "a"\ntask_documents = 100\ntasks = ["needle"]\ncandidates = ["bf16@reference"]\n'
+    )
+    loaded = RunConfig.load(path, ["task_documents=7", "tasks=needle, walk", "task_documents=8", "name=b"])
+    assert (loaded.name, loaded.task_documents, loaded.tasks) == ("b", 8, ("needle", "walk"))
+    assert loaded.candidates == ("bf16@reference",)
+    assert RunConfig.load(path, ["candidates=default"]).candidates == "default"
+
+
+def test_a_name_of_digits_stays_text():
+    assert RunConfig.load(None, ["name=123"]).name == "123"
+
+
+def test_an_optional_value_is_taken_back_with_null():
+    assert RunConfig.load(None, ["device=cpu", "device=null"]).device is None
+
+
+def test_what_a_run_directory_keeps_makes_the_same_configuration(tmp_path: Path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("once upon a time")
+    loaded = RunConfig.load(
+        None, [f"layers_prompts={prompts}", "tasks=a,b", "candidates=bf16@reference", "seed=5"]
+    )
+    assert RunConfig.from_json(loaded.to_json()) == loaded
+    assert RunConfig.from_json(RunConfig().to_json()) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("task_document = 3", "unknown key 'task_document', did you mean 'task_documents'"),
+        ('seed = "3"', "seed is '3': it takes an integer"),
+        ("seed = true", "seed is True"),
+        ("tasks = [1]", r"tasks is \[1\]: it takes a list of names"),
+        ('candidates = "bf16"', """candidates is 'bf16': it takes a list of names or "default\""""),
+        ("candidates = []", "candidates is empty"),
+        ("batch_size = 0", "batch_size is 0: it must be at least 1"),
+        ('device = "gpu"', "device is 'gpu': give cpu, cuda"),
+        ('dtype = "fp8"', "dtype is 'fp8'"),
+        ('name = "../up"', "name is '../up'"),
+        ("seed = ", "not TOML"),
+        ('checkpoint = "dsa-nan"', "'dsa-nan' is neither .* did you mean 'dsa-nano'"),
+        ('layers_prompts = "nowhere.txt"', "no text file at nowhere.txt"),
+    ],
+)
+def test_a_bad_file_is_refused_in_words(text: str, said: str, tmp_path: Path):
+    with pytest.raises(InputError, match=said) as caught:
+        RunConfig.load(toml(tmp_path, text))
+    assert "\n" not in str(caught.value).replace("\\n", "")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "give it as key=value"),
+        ("seed=x", "seed is 'x': it takes an integer"),
+        ("sead=1", "did you mean 'seed'"),
+        ("seed=-1", "at least 0"),
+    ],
+)
+def test_a_bad_override_is_refused_in_words(override: str, said: str):
+    with pytest.raises(InputError, match=said):
+        RunConfig.load(None, [override])
+
+
+@pytest.mark.parametrize(("content", "said"), [(b" \n", "is empty"), (b"\xff\xfe\xff", "not UTF-8")])
+def test_prompts_without_text_are_refused(content: bytes, said: str, tmp_path: Path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        RunConfig.load(None, [f"layers_prompts={prompts}"])
+
+
+def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="no configuration file at"):
+        RunConfig.load(tmp_path / "none.toml")
+    with pytest.raises(InputError, match="is a directory"):
+        RunConfig.load(tmp_path)
+
+
+def test_a_path_is_a_checkpoint_when_it_holds_a_config(checkpoint: Path, tmp_path: Path):
+    assert config.checkpoint_path("dsa-nano") == checkpoint
+    assert config.checkpoint_path(str(checkpoint)) == checkpoint
+    with pytest.raises(InputError, match="embedded: dsa-nano"):
+        config.checkpoint_path(str(tmp_path))
+
+
+def test_the_configurations_of_this_project_are_read():
+    paths = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+    assert paths
+    for path in paths:
+        assert RunConfig.load(path).name == path.stem
