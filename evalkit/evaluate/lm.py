@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -21,7 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from evalkit.errors import InputError
 
@@ -98,7 +98,7 @@ class EvalkitLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | PathLike[str] | PreTrainedModel,
+        pretrained: str | Path | PreTrainedModel,
         candidate: Any = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -110,7 +110,7 @@ class EvalkitLM(TemplateLM):
         super().__init__()
         self.batch_size = _positive("batch_size", batch_size)
         self._new_cache: Callable[[], Cache | None]
-        if isinstance(pretrained, (str, PathLike)):
+        if isinstance(pretrained, (str, Path)):
             from evalkit import load
 
             self.model = load(
@@ -262,6 +262,10 @@ class EvalkitLM(TemplateLM):
                         self._cover(prompts[i].label, len(prompts[i].ids), len(ids))
                     bar.update(len(batch))
         return texts
+
+    def check(self, request: Instance) -> None:
+        """Refuse a text that cannot be generated (too long a prompt, sampling) without generating it."""
+        self._prompt(request)
 
     @property
     def _stop_ids(self) -> list[int]:
@@ -455,9 +459,9 @@ def _positive(name: str, value: int | str) -> int:
 
 
 def _dtype(value: str | torch.dtype | None) -> torch.dtype | None:
-    if value is None or value == "auto" or isinstance(value, torch.dtype):
-        return None if value == "auto" else value
-    dtype = getattr(torch, value, None)
+    if value is None or value == "auto":
+        return None
+    dtype = value if isinstance(value, torch.dtype) else getattr(torch, value, None)
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"dtype={value}: want one of torch's names, such as bfloat16 or float32, or auto")
     return dtype

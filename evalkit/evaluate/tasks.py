@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 import evalkit
 from evalkit.errors import InputError
-from evalkit.evaluate.lm import Coverage
+from evalkit.evaluate.lm import Coverage, EvalkitLM
 from evalkit.records import SampleRecord
 
 if TYPE_CHECKING:
@@ -188,3 +188,13 @@ def _quiet_lm_eval() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def refuse_long_prompts(lm: EvalkitLM, tasks: Sequence[Task], documents: int) -> None:
+    """Raise InputError where a prompt and what it may generate do not fit the model; nothing is scored."""
+    for task in tasks:
+        with _quiet_lm_eval():
+            task.build_all_requests(limit=documents, rank=0, world_size=1)
+        for request in task.instances:
+            if request.request_type == "generate_until":
+                lm.check(request)

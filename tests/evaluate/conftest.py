@@ -4,15 +4,28 @@ from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, PreTrainedTokenizerFast
 
+import evalkit
 from evalkit.evaluate.lm import EvalkitLM
 
 TOPK = 16
 
 
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """These tensors are small: on busy cores two threads spend seconds waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """One token a character, and every token text, so that counts can be read off and decoding loses nothing."""
-    alphabet = [chr(i) for i in range(33, 127)] + ["Ġ", "Ċ"]  # how byte-level tokenizers write space and newline
+    alphabet = [chr(i) for i in range(33, 127)] + [
+        "Ġ",
+        "Ċ",
+    ]  # how byte-level tokenizers write space and newline
     vocab = {token: i for i, token in enumerate(["<|pad|>", "<|bos|>", "<|eos|>", *alphabet])}
     backend = Tokenizer(models.BPE(vocab, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -23,8 +36,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer):
-    """A random DeepSeek-V3.2 whose contexts outgrow its top-k."""
+def plain_model(tokenizer):
+    """A random DeepSeek-V3.2 of transformers, whose contexts outgrow its top-k."""
     torch.manual_seed(0)
     config = DeepseekV32Config(
         vocab_size=len(tokenizer),
@@ -41,21 +54,40 @@ def model(tokenizer):
         n_group=1,
         topk_group=1,
         q_lora_rank=16,
-        kv_lora_rank=32,
+        kv_lora_rank=512,
         qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
+        qk_rope_head_dim=64,
         v_head_dim=16,
         index_n_heads=16,
-        index_head_dim=16,
+        index_head_dim=128,
         index_topk=TOPK,
         max_position_embeddings=512,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
+        initializer_range=0.1,
         attn_implementation="eager",
     )
     return DeepseekV32ForCausalLM(config).float().eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(plain_model, tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    plain_model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def grafted_model(checkpoint):
+    return evalkit.load(checkpoint, "fp32@reference", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(params=["plain_model", "grafted_model"])
+def model(request):
+    """What runs in transformers' own way, and on evalkit's path: an LM must not care."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -1,10 +1,14 @@
+import copy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 
+import evalkit
 from evalkit.errors import InputError
 from evalkit.evaluate.lm import Coverage, EvalkitLM, lm_eval_main
 
@@ -259,9 +263,22 @@ def test_model_args_go_before_the_commands_defaults_and_may_hold_equals_signs(mo
     }
 
 
-def test_a_candidate_on_a_plain_model_is_refused(make_lm):
+def test_a_candidate_on_a_plain_model_is_refused(plain_model, tokenizer):
     with pytest.raises(InputError, match="needs a model from evalkit"):
-        make_lm(candidate="fp8_e4m3:one@reference")
+        EvalkitLM(plain_model, tokenizer=tokenizer, candidate="fp8_e4m3:one@reference")
+
+
+def test_one_set_of_weights_serves_many_candidates(grafted_model, tokenizer, checkpoint, ask):
+    """With the model's own candidate between two others, so that nothing of theirs can stay behind."""
+    requests = ask("loglikelihood", *TEXTS)
+    own = EvalkitLM(grafted_model, tokenizer=tokenizer).loglikelihood(requests)
+    other = EvalkitLM(grafted_model, tokenizer=tokenizer, candidate="fp8_e4m3:one@reference").loglikelihood(
+        requests
+    )
+    assert EvalkitLM(grafted_model, tokenizer=tokenizer).loglikelihood(requests) == own
+    loaded = EvalkitLM(checkpoint, candidate="fp8_e4m3:one@reference", device="cpu", dtype="float32")
+    assert other == loaded.loglikelihood(requests)
+    assert other != own
 
 
 def test_max_length_beyond_the_models_is_refused(make_lm):
@@ -269,22 +286,21 @@ def test_max_length_beyond_the_models_is_refused(make_lm):
         make_lm(max_length=513)
 
 
-def test_lm_evals_command_finds_our_tasks(capsys, monkeypatch):
+@pytest.mark.slow
+def test_lm_evals_command_runs_our_model_on_our_tasks(plain_model, tmp_path, capsys, monkeypatch):
+    config = copy.deepcopy(plain_model.config)
+    config.max_position_embeddings, config.vocab_size = 2048, 1024
+    type(plain_model)(config).save_pretrained(tmp_path / "checkpoint")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(evalkit.__file__).parent / "checkpoints/dsa-nano" / name, tmp_path / "checkpoint")
     monkeypatch.setattr(sys, "argv", ["untouched"])
-    lm_eval_main(
-        [
-            "run",
-            "--model",
-            "dummy",
-            "--tasks",
-            "evalkit_needle_1024",
-            "--metadata",
-            '{"documents": 3, "seed": 1}',
-        ]
-    )
-    printed = capsys.readouterr().out
-    assert "evalkit_needle_1024" in printed
-    assert "exact_match" in printed
+    arguments = f"pretrained={tmp_path / 'checkpoint'},candidate=fp8_e4m3:one@reference+index=fp8,device=cpu"
+    documents = ["--metadata", '{"documents": 2, "seed": 1}']
+    saved = ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    lm_eval_main(["run", "--tasks", "evalkit_needle_1024", "--model_args", arguments, *documents, *saved])
+    assert "|evalkit_needle_1024|" in capsys.readouterr().out
+    (samples,) = (tmp_path / "out").glob("**/samples_*.jsonl")
+    assert len(samples.read_text().splitlines()) == 2
     assert sys.argv == ["untouched"]
 
 

@@ -1,0 +1,202 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from lm_eval.api.registry import get_model
+
+import evalkit
+from evalkit.errors import InputError
+from evalkit.evaluate import tasks
+from evalkit.evaluate.lm import Coverage
+from evalkit.evaluate.tasks import TaskRun, load_tasks, run_tasks, tasks_dir
+from evalkit.stats.paired import compare
+
+NAMES = [
+    f"evalkit_{generator}_{length}"
+    for generator in ("needle", "multi_key", "variables", "walk", "registers")
+    for length in (1024, 2048, 4096)
+]
+
+
+class Knowing(get_model("dummy")):
+    """Answers every prompt with what a table says, or with nothing."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+        self.coverage = []
+
+    def generate_until(self, requests, disable_tqdm=False):
+        for request in requests:
+            self.coverage.append(
+                Coverage(task=request.task_name, doc_id=request.doc_id, context_tokens=1000, scored_tokens=5)
+            )
+        return [self.answers.get(request.args[0], "") for request in requests]
+
+
+@pytest.fixture
+def dummy():
+    return get_model("dummy")()
+
+
+def test_every_task_file_is_a_task_of_this_project():
+    files = {path.stem for path in tasks_dir().glob("*.yaml")}
+    assert files == {*NAMES, "smoke"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_task_renders_its_documents_and_scores_them(dummy, name):
+    (run,) = run_tasks(dummy, [name], documents=5, seed=0, candidate="bf16@reference")
+    assert [(s.task, s.doc_id, s.metric, s.filter) for s in run.samples] == [
+        (name, i, "exact_match", "answer") for i in range(5)
+    ]
+    assert [s.score for s in run.samples] == [0.0] * 5
+    assert len({s.prompt_sha256 for s in run.samples}) == 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_has_the_length_its_name_says_and_its_answer_fits_the_budget(name):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(
+        str(Path(evalkit.__file__).parent / "checkpoints/dsa-nano/tokenizer.json")
+    )
+    length = int(name.rpartition("_")[2])
+    (task,) = load_tasks((name,), 5, 0)
+    for doc in task.eval_docs:
+        tokens = len(tokenizer.encode(doc["prompt"], add_special_tokens=False).ids)
+        assert 0.95 * length <= tokens <= length
+        answer = tokenizer.encode(f" {doc['answer']}.", add_special_tokens=False).ids
+        assert len(answer) <= task.config.generation_kwargs["max_gen_toks"]
+        assert not any(stop in doc["answer"] for stop in task.config.generation_kwargs["until"])
+
+
+def test_smoke_is_every_task_at_the_shortest_length():
+    assert [task.task_name for task in load_tasks(("smoke",), 2, 0)] == [
+        n for n in NAMES if n.endswith("_1024")
+    ]
+
+
+def test_a_right_answer_scores_and_pairs_with_a_wrong_one():
+    (task,) = load_tasks(("evalkit_walk_1024",), 4, 3)
+    docs = list(task.eval_docs)
+    right = Knowing({doc["prompt"]: " " + doc["answer"] for doc in docs})
+    partly = Knowing({doc["prompt"]: " " + doc["answer"] for doc in docs[1:]})
+    (baseline,) = run_tasks(right, ["evalkit_walk_1024"], 4, 3, candidate="bf16@reference")
+    (candidate,) = run_tasks(partly, ["evalkit_walk_1024"], 4, 3, candidate="fp8_e4m3:one@reference")
+    (result,) = compare(baseline.samples, candidate.samples)
+    assert (result.baseline_score, result.score, result.lost, result.gained) == (1.0, 0.75, 1, 0)
+    assert [s.response for s in candidate.samples] == ["", *(doc["answer"] for doc in docs[1:])]
+
+
+def test_the_prompts_hash_is_that_of_what_was_sent(dummy):
+    (task,) = load_tasks(("evalkit_needle_1024",), 3, 0)
+    (run,) = run_tasks(dummy, ["evalkit_needle_1024"], 3, 0, candidate="a")
+    sent = [hashlib.sha256(doc["prompt"].encode()).hexdigest() for doc in task.eval_docs]
+    assert [s.prompt_sha256 for s in run.samples] == sent
+
+
+def test_documents_depend_on_the_seed_and_nothing_else(dummy):
+    def keys(seed, documents=4):
+        load_tasks.cache_clear()
+        (run,) = run_tasks(dummy, ["evalkit_variables_1024"], documents, seed, candidate="a")
+        return [(s.doc_id, s.prompt_sha256, s.target_sha256) for s in run.samples]
+
+    first = keys(0)
+    assert keys(0) == first
+    assert keys(0, documents=6)[:4] == first
+    assert not {prompt for _, prompt, _ in keys(1)} & {prompt for _, prompt, _ in first}
+
+
+def test_coverage_is_kept_by_task():
+    lm = Knowing({})
+    lm.coverage.append(Coverage(task="earlier", doc_id=0, context_tokens=1, scored_tokens=1))
+    run, _ = run_tasks(lm, ["evalkit_needle_1024", "evalkit_walk_1024"], 3, 0, candidate="a")
+    assert len(run.coverage) == 3
+    assert (run.mean_context_tokens, run.share_over(512), run.share_over(1001)) == (
+        1000.0,
+        1.0,
+        pytest.approx(3 / 5),
+    )
+    assert run.wall_s > 0
+
+
+def test_without_coverage_there_is_no_share():
+    run = TaskRun(task="t", samples=(), coverage=(), wall_s=0.0)
+    assert (run.mean_context_tokens, run.share_over(512)) == (None, None)
+
+
+def test_samples_that_went_missing_are_an_error(dummy, monkeypatch):
+    evaluate = tasks.evaluate
+
+    def losing(*args, **kwargs):
+        results = evaluate(*args, **kwargs)
+        results["samples"]["evalkit_needle_1024"].pop()
+        return results
+
+    monkeypatch.setattr(tasks, "evaluate", losing)
+    with pytest.raises(RuntimeError, match="filter answer: 2 documents came back, 3 were asked for"):
+        run_tasks(dummy, ["evalkit_needle_1024"], 3, 0, candidate="a")
+
+
+def test_a_typing_error_in_a_tasks_name_is_met_with_the_name(dummy, monkeypatch):
+    manager = tasks.TaskManager
+    # Reading lm-eval's own thousands of tasks would take ten seconds.
+    monkeypatch.setattr(tasks, "TaskManager", lambda **k: manager(**(k | {"include_defaults": False})))
+    with pytest.raises(InputError, match="unknown task evalkit_wolk_1024; did you mean evalkit_walk_1024"):
+        run_tasks(dummy, ["evalkit_wolk_1024"], 3, 0, candidate="a")
+
+
+def test_nothing_to_ask_is_refused(dummy):
+    with pytest.raises(InputError, match="0 documents: want at least 1"):
+        run_tasks(dummy, ["evalkit_needle_1024"], 0, 0, candidate="a")
+
+
+def test_task_files_of_a_checkout_go_before_a_copy_beside_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "evalkit"
+    (package / "tasks").mkdir(parents=True)
+    (tmp_path / "tasks").mkdir()  # somebody else's
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(evalkit, "__file__", str(package / "__init__.py"))
+    with pytest.raises(InputError, match="no task files"):
+        tasks_dir()
+    (package / "tasks" / tasks.MARKER).touch()
+    assert tasks_dir() == package / "tasks"
+    (tmp_path / "tasks" / tasks.MARKER).touch()
+    assert tasks_dir() == tmp_path / "tasks"
+
+
+def test_a_changed_candidate_name_does_not_break_the_pairing(dummy):
+    (run,) = run_tasks(dummy, ["evalkit_needle_1024"], 2, 0, candidate="a")
+    (result,) = compare(run.samples, [replace(sample, candidate="b") for sample in run.samples])
+    assert (result.n, result.loss) == (2, 0.0)
+
+
+def test_tasks_run_without_a_network(tmp_path):
+    """In a process of its own, where every connection fails."""
+    code = """
+import json, socket
+def refuse(*a, **k): raise OSError("no network here")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from lm_eval.api.registry import get_model
+from evalkit.evaluate.tasks import run_tasks
+(run,) = run_tasks(get_model("dummy")(), ["evalkit_needle_1024"], 2, 0, candidate="a")
+print(json.dumps([s.prompt_sha256 for s in run.samples]))
+"""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(evalkit.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    here = run_tasks(get_model("dummy")(), ["evalkit_needle_1024"], 2, 0, candidate="a")[0].samples
+    assert json.loads(done.stdout) == [s.prompt_sha256 for s in here]
