@@ -8,13 +8,14 @@ import pytest
 
 from evalkit import records
 from evalkit.errors import InputError
-from evalkit.records import KINDS, Record, RunDirectory, SampleRecord, SelectionRecord, StageRecord
+from evalkit.records import Record, RunDirectory, SampleRecord, SelectionRecord, StageRecord
+from evalkit.schema import HINTS, KINDS, to_line
 
 
 def example(cls: type[Record], **changes: Any) -> Record:
     """A record of any kind, every number different and every optional one absent."""
     values: dict[str, Any] = {}
-    for place, (name, hint) in enumerate(records._hints(cls).items()):
+    for place, (name, hint) in enumerate(HINTS[cls.kind].items()):
         if get_origin(hint) is dict:
             values[name] = {"torch": "2.13.0"}
         elif hint in (int, float, str):
@@ -45,23 +46,23 @@ def test_every_kind_reads_back_as_it_was_written(kind: str, tmp_path: Path):
 def test_text_with_any_character_stays_one_line(tmp_path: Path):
     path = tmp_path / "records.jsonl"
     written = example(SampleRecord, response='two\nlines\u2028"quoted"\x85\ud800')
-    path.write_text(records.to_line(written) * 2, encoding="utf-8")
+    path.write_text(to_line(written) * 2, encoding="utf-8")
     assert records.read(path) == [written, written]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_refused_by_field_and_record(value: float):
     with pytest.raises(ValueError, match=r"SelectionRecord.recall_mean is .*candidate='1'"):
-        records.to_line(dataclasses.replace(SELECTION, recall_mean=value))
+        to_line(dataclasses.replace(SELECTION, recall_mean=value))
 
 
 @pytest.mark.parametrize("value", ["0.5", True, [0.5]])
 def test_a_value_of_another_type_is_refused_when_written(value: object):
     with pytest.raises(TypeError, match="recall_mean"):
-        records.to_line(dataclasses.replace(SELECTION, recall_mean=value))
+        to_line(dataclasses.replace(SELECTION, recall_mean=value))
 
 
-LINE = json.loads(records.to_line(SELECTION))
+LINE = json.loads(to_line(SELECTION))
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,14 @@ LINE = json.loads(records.to_line(SELECTION))
 )
 def test_a_line_that_is_not_a_record_is_refused_with_its_place(text: str, said: str, tmp_path: Path):
     path = tmp_path / "records.jsonl"
-    path.write_text(records.to_line(SELECTION) + text + "\n")
+    path.write_text(to_line(SELECTION) + text + "\n")
     with pytest.raises(InputError, match=f"line 2 of 2: .*{said}"):
         records.read(path)
 
 
 def test_a_cut_off_last_line_is_named_as_such(tmp_path: Path):
     path = tmp_path / "records.jsonl"
-    path.write_text(records.to_line(SELECTION) + records.to_line(SELECTION)[:40])
+    path.write_text(to_line(SELECTION) + to_line(SELECTION)[:40])
     with pytest.raises(InputError, match=r"line 2 of 2: the line is cut off"):
         records.read(path)
 
@@ -140,7 +141,7 @@ def test_a_stage_that_fails_leaves_nothing(run: RunDirectory):
 
 
 def test_what_a_killed_stage_left_is_dropped_when_it_runs_again(run: RunDirectory):
-    (run.path / "layers.jsonl.tmp").write_text(records.to_line(SELECTION)[:30])
+    (run.path / "layers.jsonl.tmp").write_text(to_line(SELECTION)[:30])
     with run.stage("layers") as writer:
         writer.write(SELECTION)
     assert records.only(run.read(), SelectionRecord) == [SELECTION]

@@ -10,8 +10,6 @@ from evalkit.report import tables
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "read_a_run.ipynb"
 
 
-# ipykernel's event loop closes after pytest's own checks have begun.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_notebook_reads_a_run_into_a_table(run: RunDirectory):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
