@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import queue
 from dataclasses import dataclass
 from random import Random
 from types import TracebackType
@@ -135,7 +136,13 @@ def _query_rows(
 
 def _work(config: TrainConfig, serialised: str, requests, results) -> None:  # type: ignore[no-untyped-def]
     encoder = Encoder(Tokenizer.from_str(serialised))
-    while (request := requests.get()) is not None:
+    parent = multiprocessing.parent_process()
+    # A killed parent closes no pipe that its workers hold too, so they must look for it.
+    while parent is not None and parent.is_alive():
+        try:
+            request = requests.get(timeout=5)
+        except queue.Empty:
+            continue
         results.put((request, make_batch(config, encoder, request)))
 
 
@@ -167,9 +174,12 @@ class Loader:
                 self._asked.add(request)
                 self._requests.put(request)
         while wanted[0] not in self._ready:
-            if not any(worker.is_alive() for worker in self._workers):
-                raise RuntimeError("every data worker has ended; their messages are above")
-            request, batch = self._results.get(timeout=120)
+            if not all(worker.is_alive() for worker in self._workers):
+                raise RuntimeError("a data worker has ended; its message is above")
+            try:
+                request, batch = self._results.get(timeout=10)
+            except queue.Empty:
+                continue
             if request in set(wanted):
                 self._ready[request] = batch
         self._asked.discard(wanted[0])

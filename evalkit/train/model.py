@@ -45,26 +45,28 @@ def probe_kernels(config: ModelConfig, device: torch.device) -> Kernels:
     if device.type != "cuda":
         return Kernels()
 
+    heads, tokens = config.num_attention_heads, 2432
+    wide = config.qk_nope_head_dim + config.qk_rope_head_dim
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(2, tokens, heads, width, device=device, generator=generator).bfloat16().transpose(1, 2)
+        for width in (wide, wide, config.v_head_dim)
+    )
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril().expand(2, 1, -1, -1).contiguous()
+
+    def run(backend: SDPBackend, masked: bool) -> list[Tensor]:
+        inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        out = attend(*inputs, mask if masked else None, (backend,))
+        out.float().square().sum().backward()  # type: ignore[no-untyped-call]
+        return [out.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
+
     def works(backend: SDPBackend, masked: bool) -> bool:
-        heads, tokens = config.num_attention_heads, 256
-        wide = config.qk_nope_head_dim + config.qk_rope_head_dim
-        generator = torch.Generator(device).manual_seed(0)
-        q, k, v = (
-            torch.randn(2, tokens, heads, width, device=device, generator=generator)
-            .bfloat16()
-            .transpose(1, 2)
-            .requires_grad_()
-            for width in (wide, wide, config.v_head_dim)
-        )
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-        mask = causal.expand(2, 1, -1, -1).contiguous() if masked else None
         try:
-            got = attend(q, k, v, mask, (backend,))
-            got.float().square().sum().backward()
+            results = run(backend, masked)
         except RuntimeError:
             return False
-        ref = attend(q, k, v, mask, (SDPBackend.MATH,))
-        return bool((got - ref).float().norm() <= 0.02 * ref.float().norm())
+        pairs = zip(results, run(SDPBackend.MATH, masked), strict=True)
+        return all(bool((got - ref).float().norm() <= 0.02 * ref.float().norm()) for got, ref in pairs)
 
     order = {
         False: (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),

@@ -18,9 +18,10 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz towards the nearest semi-orthogonal matrix, [N, rows, columns] in bf16."""
+    """Newton-Schulz towards the nearest semi-orthogonal matrix, [N, rows, columns]."""
     a, b, c = _COEFFICIENTS
-    x = update.bfloat16()
+    # Products in bf16 suffice, but a CPU is slower at them.
+    x = update.bfloat16() if update.is_cuda else update.float()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
