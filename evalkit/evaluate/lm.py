@@ -13,7 +13,6 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 from lm_eval.api.model import CacheHook, TemplateLM
@@ -417,9 +416,12 @@ def lm_eval_main(argv: Sequence[str]) -> None:
     from evalkit.evaluate.tasks import tasks_dir
 
     setup_logging()
-    with patch.object(sys, "argv", ["evalkit lm-eval", *argv]):
+    before, sys.argv = sys.argv, ["evalkit lm-eval", *argv]  # all that its parser reads
+    try:
         cli = HarnessCLI()
         args = cli.parse_args()
+    finally:
+        sys.argv = before
     config = getattr(args, "config", None)
     given = EvaluatorConfig.load_yaml_config(config) if config else {}
     defaults: dict[str, Any] = {"include_path": str(tasks_dir())}

@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import lm_eval.api.task
 from lm_eval.evaluator import evaluate
@@ -181,13 +180,14 @@ def _prompt_sha256(arguments: list[tuple[Any, ...]]) -> str:
 def _quiet_lm_eval() -> Iterator[None]:
     """lm-eval warns of each generated data set and of each limit, and shows a bar for rendering prompts."""
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, bar = logger.level, lm_eval.api.task.tqdm
     logger.setLevel(logging.ERROR)
+    lm_eval.api.task.tqdm = lambda documents, **_: documents
     try:
-        with patch.object(lm_eval.api.task, "tqdm", lambda documents, **_: documents):
-            yield
+        yield
     finally:
         logger.setLevel(level)
+        lm_eval.api.task.tqdm = bar
 
 
 def refuse_long_prompts(lm: EvalkitLM, tasks: Sequence[Task], documents: int) -> None:

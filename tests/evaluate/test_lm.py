@@ -1,12 +1,14 @@
 import copy
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
 
 import evalkit
 from evalkit.errors import InputError
@@ -286,7 +288,6 @@ def test_max_length_beyond_the_models_is_refused(make_lm):
         make_lm(max_length=513)
 
 
-@pytest.mark.slow
 def test_lm_evals_command_runs_our_model_on_our_tasks(plain_model, tmp_path, capsys, monkeypatch):
     config = copy.deepcopy(plain_model.config)
     config.max_position_embeddings, config.vocab_size = 2048, 1024
@@ -294,6 +295,9 @@ def test_lm_evals_command_runs_our_model_on_our_tasks(plain_model, tmp_path, cap
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(evalkit.__file__).parent / "checkpoints/dsa-nano" / name, tmp_path / "checkpoint")
     monkeypatch.setattr(sys, "argv", ["untouched"])
+    # Reading lm-eval's own thousands of tasks and listing this machine's packages takes 15 seconds.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     arguments = f"pretrained={tmp_path / 'checkpoint'},candidate=fp8_e4m3:one@reference+index=fp8,device=cpu"
     documents = ["--metadata", '{"documents": 2, "seed": 1}']
     saved = ["--output_path", str(tmp_path / "out"), "--log_samples"]
