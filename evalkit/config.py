@@ -22,7 +22,6 @@ WORDS = {
     tuple[str, ...]: "a list of names",
     Literal["default"]: '"default"',
 }
-EMBEDDED = Path(__file__).parent / "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,6 @@ class RunConfig:
                 raise InputError(f"--set {override}: give it as key=value")
             values[key.strip()] = _from_text(key.strip(), text.strip())
         config = cls(**values)
-        checkpoint_path(config.checkpoint)
         if config.layers_prompts is not None:
             _refuse_unreadable(config.layers_prompts)
         return config
@@ -118,23 +116,6 @@ class RunConfig:
     def with_values(self, **values: Any) -> Self:
         """A copy with some values replaced."""
         return replace(self, **values)
-
-
-def checkpoint_path(checkpoint: str) -> Path:
-    """The directory of an embedded checkpoint, or of a path given as such.
-
-    Raises:
-        InputError: there is no such directory, or it holds no config.json.
-    """
-    embedded = EMBEDDED / checkpoint
-    path = embedded if (embedded / "config.json").is_file() else Path(checkpoint)
-    if not (path / "config.json").is_file():
-        names = sorted(entry.parent.name for entry in EMBEDDED.glob("*/config.json"))
-        raise InputError(
-            f"checkpoint {checkpoint!r} is neither a directory with a config.json nor embedded"
-            f"{_meant(checkpoint, names)} (embedded: {', '.join(names) or 'none'})"
-        )
-    return path
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_help_answers_at_once():
     [
         (["run", "--config", "nowhere.toml"], "no configuration file at nowhere.toml"),
         (["layers", "--set", "sead=1"], "did you mean 'seed'"),
-        (["tasks", "--set", "checkpoint=nowhere"], "checkpoint 'nowhere' is neither"),
+        (["tasks", "--set", "checkpoint=nowhere"], "no checkpoint at nowhere"),
         (["run", "--resume", "nowhere"], "no run at nowhere"),
         (["run", "--resume", "nowhere", "--set", "seed=1"], "give neither --config nor --set"),
         (["report", "nowhere"], "no run at nowhere"),

@@ -2,19 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from evalkit import config
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
-
-
-@pytest.fixture(autouse=True)
-def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An embedded checkpoint called dsa-nano, whose files nobody reads here."""
-    made = tmp_path / "embedded" / "dsa-nano"
-    made.mkdir(parents=True)
-    (made / "config.json").write_text("{}")
-    monkeypatch.setattr(config, "EMBEDDED", made.parent)
-    return made
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -65,7 +54,6 @@ def test_what_a_run_directory_keeps_makes_the_same_configuration(tmp_path: Path)
         ('dtype = "fp8"', "dtype is 'fp8'"),
         ('name = "../up"', "name is '../up'"),
         ("seed = ", "not TOML"),
-        ('checkpoint = "dsa-nan"', "'dsa-nan' is neither .* did you mean 'dsa-nano'"),
         ('layers_prompts = "nowhere.txt"', "no text file at nowhere.txt"),
     ],
 )
@@ -102,13 +90,6 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path):
         RunConfig.load(tmp_path / "none.toml")
     with pytest.raises(InputError, match="is a directory"):
         RunConfig.load(tmp_path)
-
-
-def test_a_path_is_a_checkpoint_when_it_holds_a_config(checkpoint: Path, tmp_path: Path):
-    assert config.checkpoint_path("dsa-nano") == checkpoint
-    assert config.checkpoint_path(str(checkpoint)) == checkpoint
-    with pytest.raises(InputError, match="embedded: dsa-nano"):
-        config.checkpoint_path(str(tmp_path))
 
 
 def test_the_configurations_of_this_project_are_read():
