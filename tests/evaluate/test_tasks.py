@@ -12,8 +12,9 @@ from lm_eval.api.registry import get_model
 import evalkit
 from evalkit.errors import InputError
 from evalkit.evaluate import tasks
+from evalkit.evaluate.documents import generated_text
 from evalkit.evaluate.lm import Coverage
-from evalkit.evaluate.tasks import TaskRun, load_tasks, run_tasks, tasks_dir
+from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks, tasks_dir
 from evalkit.stats.paired import compare
 
 NAMES = [
@@ -200,3 +201,19 @@ print(json.dumps([s.prompt_sha256 for s in run.samples]))
     assert done.returncode == 0, done.stderr
     here = run_tasks(get_model("dummy")(), ["evalkit_needle_1024"], 2, 0, candidate="a")[0].samples
     assert json.loads(done.stdout) == [s.prompt_sha256 for s in here]
+
+
+def test_a_task_too_long_for_the_model_is_refused_before_anything_is_scored(make_lm):
+    lm = make_lm()
+    with pytest.raises(InputError, match=r"evalkit_needle_1024 document 0: prompt of \d+ tokens"):
+        refuse_long_prompts(lm, load_tasks(("evalkit_needle_1024",), 2, 0), 2)
+    assert not lm.coverage
+
+
+def test_generated_text_is_a_prompt_with_its_answer():
+    text = generated_text("walk", 1024, seed=5)
+    assert text.startswith("Facts:")
+    assert text.endswith(".")
+    assert text != generated_text("walk", 1024, seed=6)
+    with pytest.raises(InputError, match="a walk document of 64 tokens"):
+        generated_text("walk", 64, seed=5)
