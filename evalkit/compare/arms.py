@@ -22,6 +22,7 @@ class Subject:
     rung: `total`, or `floor:<kind>` for bf16 against itself.
     prefill_chunks: in how many equal pieces the prompt is processed; with more than one, decode tokens go at once.
     noise: half-width of the multiplicative noise on latent and rope before they are stored; 0 is none.
+    runs_frozen: whether it also runs with selection and routing frozen to the reference's.
     """
 
     candidate: Candidate
@@ -29,6 +30,7 @@ class Subject:
     rung: str = "total"
     prefill_chunks: int = 1
     noise: float = 0.0
+    runs_frozen: bool = True
 
     @property
     def is_floor(self) -> bool:
@@ -56,9 +58,6 @@ class Arm:
 
 
 def arms_of(subject: Subject) -> list[Arm]:
-    """The three ways each subject runs."""
-    return [
-        Arm(subject=subject, mode=ISOLATED),
-        Arm(subject=subject, mode=PROPAGATED),
-        Arm(subject=subject, mode=PROPAGATED, frozen=True),
-    ]
+    """The ways a subject runs, isolated first."""
+    frozen = [Arm(subject=subject, mode=PROPAGATED, frozen=True)] if subject.runs_frozen else []
+    return [Arm(subject=subject, mode=ISOLATED), Arm(subject=subject, mode=PROPAGATED), *frozen]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ATTENTION_PROBES: Final = frozenset(
     {"latent", "rope", "index_scores", "selection", "attention", "values", "output", "routing"}
 )
+FROZEN_PROBES: Final = ATTENTION_PROBES - {"index_scores"}  # a forced selection leaves nobody to read the scores
 PADS: Final = {"index_scores": -torch.inf, "selection": -1}  # probes whose width grows with the cache
 
 
@@ -35,8 +36,8 @@ class LayerPass:
 class Capture:
     """An observer that keeps the tensors of one layer, step after step."""
 
-    def __init__(self, keep_calls: bool) -> None:
-        self.probes = ATTENTION_PROBES
+    def __init__(self, probes: frozenset[str], keep_calls: bool) -> None:
+        self.probes = probes
         self.keep_calls = keep_calls
         self.parts: dict[str, list[Tensor]] = {}
         self.calls: list[AttentionCall] = []
@@ -56,15 +57,20 @@ class Capture:
         """All steps as one call: rows only ever get added to a cache, so its last state serves every step."""
         if not self.calls:
             return None
-        parts = {
-            name: torch.cat([getattr(call, name) for call in self.calls]) for name in ("q_latent", "q_rope", "out", "lse")
-        }
-        return replace(self.calls[-1], indices=_join([call.indices for call in self.calls], -1), **parts)
+        return replace(
+            self.calls[-1],
+            q_latent=torch.cat([call.q_latent for call in self.calls]),
+            q_rope=torch.cat([call.q_rope for call in self.calls]),
+            indices=_join([call.indices for call in self.calls], -1),
+            out=torch.cat([call.out for call in self.calls]),
+            lse=torch.cat([call.lse for call in self.calls]),
+        )
 
 
 def run_layer(
     model: Any, index: int, hidden: Tensor, cache: Any, spans: Sequence[slice], *,
-    keep_call: bool = False, selection: Tensor | None = None, routing: Tensor | None = None,
+    probes: frozenset[str] = ATTENTION_PROBES, keep_call: bool = False, selection: Tensor | None = None,
+    routing: Tensor | None = None,
 ) -> LayerPass:  # fmt: skip
     """Run decoder layer `index` on hidden [1, T, D], step by step, on an empty cache.
 
@@ -72,11 +78,12 @@ def run_layer(
         model: what `evalkit.load` returns.
         cache: from `model.evalkit.new_cache`; it says which candidate runs.
         spans: the steps, covering the T tokens in order.
+        probes: what to keep of what the path shows.
         keep_call: keep the attention's queries, rows and result, for the rungs.
         selection: [T, K] columns to attend to instead of the layer's own choice; a layer without an indexer needs it.
         routing: [T, experts a token] to use instead of the router's choice.
     """
-    layer, state, capture = model.model.layers[index], cache.state, Capture(keep_call)
+    layer, state, capture = model.model.layers[index], cache.state, Capture(probes, keep_call)
     if selection is not None:
         state.forced_selection = {index: selection[None]}
         for span in spans:  # what a layer without an indexer looks for, though the forced selection then wins

@@ -70,7 +70,7 @@ class Cell:
         self.metrics.setdefault(key, Accumulator()).add(got, ref, where)
 
     def _add_scores(self, phase: str, span: slice, got: LayerPass, ref: ReferencePass) -> None:
-        if "index_scores" not in ref.run.probes:
+        if "index_scores" not in ref.run.probes or self.arm.frozen:
             return
         scores, wanted = got.probes["index_scores"][span], ref.run.probes["index_scores"][span]
         hidden = torch.isneginf(wanted)
@@ -125,7 +125,7 @@ def layer_record(arm: Arm, layer: int | None, phase: str, probe: str, rung: str,
 def _mass_lost(chosen: Tensor, ref: ReferencePass, span: slice, sample: Tensor) -> Tensor:
     """Of the tokens `sample` of a phase, the reference's attention on keys that were not chosen."""
     call = ref.run.call
-    assert call is not None  # noqa: S101  # the reference is always run with its calls kept
+    assert call is not None  # the reference is always run with its calls kept
     wanted, at = ref.selection[span][sample], sample + span.start
     columns = torch.arange(ref.run.hidden.shape[1], device=wanted.device)
     # One document in a fresh cache: column j of the key axis is slot j.

@@ -6,6 +6,9 @@ arm and document, and, where layers share an indexer, its last selection.
 
 Each document is processed as a prompt of T - D tokens followed by D tokens one at a time on the same cache, by the
 reference as by the candidates; the records of phase `prefill` cover the former, of `decode` the latter.
+
+A propagated arm whose input, selection and routing at a layer are its subject's isolated ones bit for bit (at the
+first layer, and throughout for bf16 against itself) takes that pass's result: it would compute the same again.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ from torch import Tensor
 from evalkit import kv
 from evalkit.candidate import Candidate
 from evalkit.compare import noise
-from evalkit.compare.arms import DECODE, PREFILL, PROPAGATED, REFERENCE, Arm, Subject, arms_of
-from evalkit.compare.capture import LayerPass, run_layer
+from evalkit.compare.arms import DECODE, ISOLATED, PREFILL, PROPAGATED, REFERENCE, Arm, Subject, arms_of
+from evalkit.compare.capture import ATTENTION_PROBES, FROZEN_PROBES, LayerPass, run_layer
 from evalkit.compare.cells import Cell, ReferencePass, layer_record
 from evalkit.compare.metrics import Accumulator
 from evalkit.compare.ranges import RangeAccumulator
-from evalkit.compare.rungs import rungs
+from evalkit.compare.rungs import Rungs, rungs
 from evalkit.compare.tokens import TokenAccumulator
 from evalkit.errors import InputError
 from evalkit.kv import RowFormat, Scales
@@ -38,7 +41,7 @@ Advance = Callable[[], None]
 
 def compare(
     model: Any, documents: Sequence[Tensor], candidates: Sequence[Candidate], *,
-    scales: Mapping[Candidate, Mapping[int, Scales]] | None = None, decode_tokens: int = 32,
+    scales: Mapping[Candidate, Mapping[int, Scales]] | None = None, decode_tokens: int = 16,
     floors: Sequence[Subject] | None = None, advance: Advance | None = None,
 ) -> Iterator[Record]:  # fmt: skip
     """Every probe of every layer, for every candidate, each layer's records as soon as it is done.
@@ -70,10 +73,10 @@ def compare(
     yield from stream.logits()
 
 
-def count_passes(model: Any, documents: int, candidates: int, floors: int | None = None) -> int:
-    """How often `compare` calls `advance` for so many documents, candidates and floors (None: those there are)."""
-    floors = len(noise.floors(model)) if floors is None else floors
-    arms = len(arms_of(Subject(candidate=REFERENCE))) * (candidates + floors)
+def count_passes(model: Any, documents: int, candidates: int, floors: Sequence[Subject] | None = None) -> int:
+    """How often `compare` calls `advance` for so many documents and candidates, and these floors."""
+    subjects = [Subject(candidate=REFERENCE)] * candidates + list(noise.floors(model) if floors is None else floors)
+    arms = sum(len(arms_of(subject)) for subject in subjects)
     return int(model.config.num_hidden_layers) * documents * (1 + arms)
 
 
@@ -91,8 +94,8 @@ def calibrate(model: Any, documents: Sequence[Tensor], advance: Advance | None =
         for document in range(len(documents)):
             ref = stream.reference(layer, document).run
             stream.inputs[document] = ref.hidden
-            for part in largest:
-                largest[part] = max(largest[part], float(ref.probes[part].abs().max()))
+            for part, so_far in largest.items():
+                largest[part] = max(so_far, float(ref.probes[part].abs().max()))
         found[layer] = kv.calibrate(largest["latent"], largest["rope"])
     return found
 
@@ -120,8 +123,9 @@ class LayerStream:
             ref = self.reference(index, document)
             for (_, part), accumulator in ranges.items():
                 accumulator.add(ref.run.probes[part])
+            isolated = None
             for cell in cells:
-                self._advance_arm(cell, index, document, ref)
+                isolated = self._advance_arm(cell, document, ref, isolated)
             self.inputs[document] = ref.run.hidden
         return [*(record for cell in cells for record in cell.records()), *_range_records(index, ranges)]
 
@@ -134,25 +138,47 @@ class LayerStream:
             self.selections[None, document] = run.probes["selection"]
         return ReferencePass.of(run, self.prefill[document], self.model.config.index_topk)
 
-    def _advance_arm(self, cell: Cell, index: int, document: int, ref: ReferencePass) -> None:
-        arm = cell.arm
-        propagated = arm.mode == PROPAGATED
-        source = self.hidden[arm, document] if propagated else self.inputs[document]
-        selection, routing = (ref.selection, ref.run.probes.get("routing")) if arm.frozen else (None, None)
-        if self._shares_selection(index) and not arm.frozen:
+    def _advance_arm(self, cell: Cell, document: int, ref: ReferencePass, isolated: LayerPass | None) -> LayerPass | None:
+        """Run one arm, compare it, and move it on. Takes and returns its subject's isolated pass."""
+        arm, shared = cell.arm, self._shares_selection(cell.layer)
+        if arm.mode == ISOLATED:
             # A selection made by an earlier layer is part of this layer's input.
-            selection = self.selections[arm, document] if propagated else ref.selection
-        split = not propagated and not arm.subject.is_floor
-        got = self._run(arm, index, document, source, selection=selection, routing=routing, keep_call=split)
-        found = None
-        if split and ref.run.call is not None and got.call is not None:
-            rounded = self.model.evalkit.new_cache().state.round
-            found = rungs(ref.run.call, got.call, arm.subject.candidate.backend, rounded)
-        cell.add(got, ref, found)
-        if propagated:
-            self.hidden[arm, document] = got.hidden
-            if self._indexers_are_shared and not arm.frozen:
-                self.selections[arm, document] = got.probes["selection"]
+            selection = ref.selection if shared else None
+            split = not arm.subject.is_floor
+            got = self._run(arm, cell.layer, document, self.inputs[document], selection=selection, keep_call=split)
+            cell.add(got, ref, self._rungs(arm.subject, got, ref) if split else None)
+            return LayerPass(got.hidden, got.probes, None)
+        source, selection, routing = self.hidden[arm, document], None, None
+        if arm.frozen:
+            selection, routing = ref.selection, ref.run.probes.get("routing")
+        elif shared:
+            selection = self.selections[arm, document]
+        if isolated is not None and self._repeats(isolated, source, self.inputs[document], selection, routing):
+            got = isolated
+            self.advance()
+        else:
+            got = self._run(arm, cell.layer, document, source, selection=selection, routing=routing)
+        cell.add(got, ref, None)
+        self.hidden[arm, document] = got.hidden
+        if self._indexers_are_shared and not arm.frozen:
+            self.selections[arm, document] = got.probes["selection"]
+        return isolated
+
+    @staticmethod
+    def _repeats(
+        isolated: LayerPass, source: Tensor, isolated_source: Tensor, selection: Tensor | None, routing: Tensor | None
+    ) -> bool:
+        """Whether a pass would be the isolated one again."""
+        forced = (("selection", selection), ("routing", routing))
+        return torch.equal(source, isolated_source) and all(
+            value is None or torch.equal(value, isolated.probes[name]) for name, value in forced
+        )
+
+    def _rungs(self, subject: Subject, got: LayerPass, ref: ReferencePass) -> Rungs:
+        assert ref.run.call is not None
+        assert got.call is not None
+        rounded = self.model.evalkit.new_cache(REFERENCE, {}).state.round
+        return rungs(ref.run.call, got.call, subject.candidate.backend, rounded)
 
     def _run(
         self, arm: Arm, index: int, document: int, source: Tensor, *,
@@ -163,10 +189,12 @@ class LayerStream:
         cache = self.model.evalkit.new_cache(candidate=subject.candidate, scales=subject.scales)
         spans = subject.spans(self.prefill[document], source.shape[1])
         seed = NOISE_SEED + 1000 * document + index
+        probes = FROZEN_PROBES if arm.frozen else ATTENTION_PROBES
         with noise.row_noise(self.model.model.layers[index], subject.noise, seed):
             got = run_layer(
-                self.model, index, source, cache, spans, keep_call=keep_call, selection=selection, routing=routing
-            )
+                self.model, index, source, cache, spans,
+                probes=probes, keep_call=keep_call, selection=selection, routing=routing,
+            )  # fmt: skip
         self.advance()
         return got
 
@@ -181,9 +209,9 @@ class LayerStream:
         """By candidate and part, for each whose format divides that part by a given scale."""
         found = {}
         for subject in self.subjects:
-            format, scales = kv.get(subject.candidate.format), subject.scales.get(index, Scales())
+            stored, scales = kv.get(subject.candidate.format), subject.scales.get(index, Scales())
             for part in ("latent", "rope"):
-                if not subject.is_floor and _is_scaled(format, part):
+                if not subject.is_floor and _is_scaled(stored, part):
                     found[str(subject.candidate), part] = RangeAccumulator(getattr(scales, part))
         return found
 

@@ -26,10 +26,13 @@ LATENT_DIM: Final = 512
 
 
 def floors(model: Any) -> list[Subject]:
-    """The floors that can be measured for a loaded model where it is; see `kernel_floor` for the one that may not."""
+    """The floors that can be measured for a loaded model where it is; see `kernel_floor` for the one that may not.
+
+    Only the kernel floor, the one that multiples are taken of, also runs frozen.
+    """
     found = [
-        Subject(candidate=REFERENCE, rung=BATCH, prefill_chunks=3),
-        Subject(candidate=REFERENCE, rung=NOISE, noise=HALF_ULP),
+        Subject(candidate=REFERENCE, rung=BATCH, prefill_chunks=3, runs_frozen=False),
+        Subject(candidate=REFERENCE, rung=NOISE, noise=HALF_ULP, runs_frozen=False),
     ]
     other, _ = kernel_floor(model)
     return found if other is None else [Subject(candidate=other, rung=KERNEL), *found]

@@ -54,7 +54,7 @@ def rungs(ref: AttentionCall, got: AttentionCall, backend: str, rounded: Callabl
 def exact(call: AttentionCall, indices: Tensor, reader: str = "reference") -> Tensor:
     """Exact attention [T, H, C] of a call's queries over its own rows, read as backend `reader` rounds scales."""
     reference = backends.get("reference")
-    assert isinstance(reference, Reference)  # noqa: S101  # for the reader's rounding, which other backends do not take
+    assert isinstance(reference, Reference)  # for the reader's rounding, which other backends do not take
     out, _ = reference.attend(
         call.q_latent, call.q_rope, call.cache, call.format, indices, call.sm_scale, call.scales,
         read_scale=backends.get(reader).read_scale,

@@ -72,10 +72,15 @@ def test_the_mean_over_tokens_weighs_a_small_token_like_a_large_one():
 
 def test_a_reference_of_zeros_is_never_perfect():
     found = compare(torch.ones(2, 2), torch.zeros(2, 2))
-    assert found.cosine is None and found.relative_l2 is None and found.sqnr_db is None
-    assert found.symmetric_distance == 1.0 and found.max_abs_error == 1.0
+    assert found.cosine is None
+    assert found.relative_l2 is None
+    assert found.sqnr_db is None
+    assert found.symmetric_distance == 1.0
+    assert found.max_abs_error == 1.0
     both = compare(torch.zeros(2, 2), torch.zeros(2, 2))
-    assert both.cosine is None and both.relative_l2 is None and both.symmetric_distance is None
+    assert both.cosine is None
+    assert both.relative_l2 is None
+    assert both.symmetric_distance is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -83,15 +88,20 @@ def test_a_value_that_is_not_finite_is_counted_and_left_out(bad: float):
     ref = torch.tensor([[3.0, 4.0, 7.0], [1.0, 2.0, 3.0]])
     got = torch.tensor([[3.0, 1.0, bad], [1.0, 2.0, 3.0]])
     found = compare(got, ref)
-    assert found.nonfinite == 1 and found.n == 5 and found.tokens == 2
+    assert found.nonfinite == 1
+    assert found.n == 5
+    assert found.tokens == 2
     assert found.max_abs_error == 3.0
     assert found.relative_l2 == pytest.approx(3 / math.sqrt(25 + 14))
 
 
 def test_nothing_but_nan_gives_no_figure_at_all():
     found = compare(torch.full((2, 2), math.nan), torch.ones(2, 2))
-    assert found.nonfinite == 4 and found.n == 0
-    assert found.cosine is None and found.relative_l2 is None and found.abs_p50 is None
+    assert found.nonfinite == 4
+    assert found.n == 0
+    assert found.cosine is None
+    assert found.relative_l2 is None
+    assert found.abs_p50 is None
 
 
 def test_a_mask_takes_values_out_of_every_figure():
@@ -100,9 +110,11 @@ def test_a_mask_takes_values_out_of_every_figure():
     accumulator = Accumulator()
     accumulator.add(got, ref, where=torch.isfinite(ref))
     found = accumulator.result()
-    assert found.n == 3 and found.max_abs_error == 1.0
+    assert found.n == 3
+    assert found.max_abs_error == 1.0
     assert found.relative_l2 == pytest.approx(1 / math.sqrt(6))
-    assert found.abs_p50 == 0.0 and found.abs_p99 == pytest.approx(1.0, rel=0.032)
+    assert found.abs_p50 == 0.0
+    assert found.abs_p99 == pytest.approx(1.0, rel=0.032)
 
 
 def test_measuring_nothing_raises():
@@ -137,4 +149,5 @@ def test_an_error_beyond_float32_still_has_a_finite_percentile():
 
 def test_one_number_a_token_is_a_tensor_too():
     found = compare(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.ones(4))
-    assert found.token_relative_l2_mean == 0.25 and found.tokens == 4
+    assert found.token_relative_l2_mean == 0.25
+    assert found.tokens == 4

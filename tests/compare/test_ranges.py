@@ -13,7 +13,8 @@ def test_shares_at_the_edges_of_e4m3():
     ranges = RangeAccumulator(scale=1.0)
     ranges.add(values)
     found = ranges.result()
-    assert found.max_abs == 449.0 and found.n == 10
+    assert found.max_abs == 449.0
+    assert found.n == 10
     assert found.saturated_share == pytest.approx(0.1)
     assert found.subnormal_share == pytest.approx(0.2)
     assert found.zero_share == pytest.approx(0.2), "a zero that was zero before is not lost"
@@ -33,8 +34,10 @@ def test_a_scale_moves_the_range_and_chunks_add_up():
     for chunk in (torch.tensor([[1000.0]]), torch.tensor([2000.0, 0.05])):
         ranges.add(chunk)
     found = ranges.result()
-    assert found.n == 3 and found.saturated_share == pytest.approx(1 / 3)
-    assert found.subnormal_share == pytest.approx(1 / 3) and found.headroom == pytest.approx(448 * 4 / 2000)
+    assert found.n == 3
+    assert found.saturated_share == pytest.approx(1 / 3)
+    assert found.subnormal_share == pytest.approx(1 / 3)
+    assert found.headroom == pytest.approx(448 * 4 / 2000)
 
 
 def test_zeros_have_no_headroom():

@@ -51,8 +51,11 @@ def test_accumulated_chunks_equal_the_whole():
     accumulator.add(torch.tensor([1.0, 0.5]), torch.tensor([0.2]), torch.tensor([0.0, 0.3]))
     accumulator.add(torch.tensor([0.75]), torch.tensor([0.4, 0.6]))
     found = accumulator.result()
-    assert found.recall_mean == 0.75 and found.recall_min == 0.5 and found.n == 3
-    assert found.margin_p50 == pytest.approx(0.4) and found.mass_lost_mean == pytest.approx(0.15)
+    assert found.recall_mean == 0.75
+    assert found.recall_min == 0.5
+    assert found.n == 3
+    assert found.margin_p50 == pytest.approx(0.4)
+    assert found.mass_lost_mean == pytest.approx(0.15)
 
 
 def test_no_token_at_all_raises():

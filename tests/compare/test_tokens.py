@@ -22,7 +22,9 @@ def test_identical_logits_diverge_by_exactly_nothing():
     tokens = TokenAccumulator()
     tokens.add(logits, logits.clone())
     found = tokens.result()
-    assert found.kl_mean_nats == found.kl_max_nats == 0.0 and found.top1_agreement == 1.0 and found.n == 9
+    assert found.kl_mean_nats == found.kl_max_nats == 0.0
+    assert found.top1_agreement == 1.0
+    assert found.n == 9
 
 
 def test_a_token_the_reference_excludes_counts_nothing():
@@ -49,7 +51,8 @@ def test_one_nan_leaves_no_mean():
     got[1, 2] = math.nan
     tokens = TokenAccumulator()
     tokens.add(got, torch.zeros(3, 4))
-    assert tokens.result().kl_mean_nats is None and tokens.result().kl_max_nats is None
+    assert tokens.result().kl_mean_nats is None
+    assert tokens.result().kl_max_nats is None
 
 
 def test_no_token_and_other_shapes_raise():

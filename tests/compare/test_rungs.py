@@ -1,0 +1,113 @@
+"""Rungs and floors: a call split by hand, noise of a known size, multiples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from evalkit import kv
+from evalkit.attention import backends
+from evalkit.attention.path import AttentionCall
+from evalkit.compare.metrics import relative_l2
+from evalkit.compare.noise import HALF_ULP, KERNEL, kernel_floor, multiple, row_noise
+from evalkit.compare.rungs import rungs
+from evalkit.kv import Scales
+from evalkit.records import LayerRecord
+
+SAME = torch.clone
+
+
+def call(format: str, shift: int = 0) -> AttentionCall:
+    """Six queries over 40 rows, all in one format; `shift` moves the selection."""
+    generator = torch.Generator().manual_seed(0)
+    latent, rope = torch.randn(40, 512, generator=generator), torch.randn(40, 64, generator=generator)
+    q_latent, q_rope = torch.randn(6, 2, 512, generator=generator), torch.randn(6, 2, 64, generator=generator)
+    rows = kv.get(format)
+    cache = rows.allocate(64)
+    rows.store(cache, torch.arange(40), latent, rope, Scales())
+    indices = torch.arange(8, dtype=torch.int32).repeat(6, 1) + shift
+    reference = backends.get("reference")
+    out, lse = reference.attend(q_latent, q_rope, cache, rows, indices, 0.05, Scales())
+    return AttentionCall(
+        q_latent=q_latent, q_rope=q_rope, cache=cache, format=rows, indices=indices, sm_scale=0.05, scales=Scales(),
+        out=out, lse=lse,
+    )  # fmt: skip
+
+
+def test_on_the_reference_backend_the_format_gap_is_the_total():
+    found = rungs(call("bf16"), call("fp8_e4m3"), "reference", SAME)
+    assert relative_l2(*found.kernel) == 0.0
+    assert relative_l2(*found.format) == relative_l2(*found.total)
+    assert (relative_l2(*found.total) or 0) > 1e-3
+
+
+def test_a_kernel_that_is_off_shows_in_the_kernel_gap_alone():
+    got = call("fp8_e4m3")
+    off = replace(got, out=got.out * 1.25)
+    found = rungs(call("bf16"), off, "flashinfer", SAME)
+    assert relative_l2(*found.kernel) == pytest.approx(0.25)
+    assert relative_l2(*found.format) == relative_l2(got.out, call("bf16").out)
+
+
+def test_a_reader_that_rounds_scales_is_not_blamed_on_the_format():
+    """At scale 1.0 bf16 rounding changes nothing: exact attention read as FlashInfer reads is the kernel's output."""
+    found = rungs(call("bf16"), call("fp8_e4m3"), "flashinfer", SAME)
+    assert relative_l2(*found.kernel) == 0.0
+
+
+def test_another_selection_counts_in_the_total_and_in_no_other_rung():
+    found = rungs(call("bf16"), call("bf16", shift=5), "reference", SAME)
+    assert relative_l2(*found.format) == relative_l2(*found.kernel) == 0.0
+    assert (relative_l2(*found.total) or 0) > 0.1
+
+
+def test_other_queries_have_no_rungs():
+    got = call("bf16")
+    with pytest.raises(ValueError, match="isolated"):
+        rungs(call("bf16"), replace(got, q_latent=got.q_latent * 2), "reference", SAME)
+
+
+def test_row_noise_is_of_its_size_repeats_with_its_seed_and_ends_with_its_block(model: Any):
+    layer = model.model.layers[0]
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        clean = layer.self_attn.kv_a_proj_with_mqa(x)
+        runs = []
+        for seed in (1, 1, 2):
+            with row_noise(layer, HALF_ULP, seed):
+                runs.append(layer.self_attn.kv_a_proj_with_mqa(x))
+        after = layer.self_attn.kv_a_proj_with_mqa(x)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert torch.equal(after, clean)
+    assert torch.equal(runs[0][:, :512], clean[:, :512]), "the latent is disturbed after its norm"
+    relative = ((runs[0] - clean) / clean)[:, 512:].abs()
+    assert HALF_ULP / 2 < float(relative.max()) <= HALF_ULP * 1.01
+
+
+def test_without_another_kernel_every_backend_says_why(model: Any):
+    found, reasons = kernel_floor(model)
+    if found is not None:
+        pytest.skip(f"{found} runs here")
+    assert "flashinfer" in reasons
+    assert "flashmla" in reasons
+
+
+def test_a_multiple_needs_a_floor_above_zero_at_the_same_place():
+    numbers = dict.fromkeys(
+        ("cosine", "symmetric_distance", "max_abs_error", "max_abs_token", "max_abs_got", "max_abs_ref", "sqnr_db",
+         "abs_p50", "abs_p99", "abs_p999", "token_relative_l2_mean")
+    )  # fmt: skip
+    total = LayerRecord(
+        candidate="fp8_e4m3:one@flashinfer", layer=1, phase="decode", mode="isolated", probe="attention", rung="total",
+        relative_l2=0.03, nonfinite=0, frozen="none", n=10, **numbers,
+    )  # fmt: skip
+    floor = replace(total, candidate="bf16@flashinfer", rung=KERNEL, relative_l2=0.002)
+    assert multiple(total, floor) == pytest.approx(15)
+    assert multiple(total, None) is None
+    assert multiple(total, replace(floor, relative_l2=0.0)) is None
+    with pytest.raises(ValueError, match="different places"):
+        multiple(total, replace(floor, layer=2))
