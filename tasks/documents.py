@@ -26,7 +26,9 @@ from random import Random
 PIECE = re.compile(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s")
 
 WORDS = tuple(
-    """
+    re.findall(
+        "[a-z]+",
+        """
     ant ape arm art ash bag ball band bank bar barn bay beam bean bear bed bee bell bird boat bowl box
     bread cake camp candle cap car card cat cherry chest clock cloth cloud coal coat coin cook cow crab
     crow crown cup dam desk dish dock dog donkey door dove duck dust eagle ear egg engine face fan farm
@@ -41,7 +43,8 @@ WORDS = tuple(
     sugar suit sun swan sword table tail tank tent thorn toad tooth torch towel tower town toy train tray
     tree tub turkey turtle vase wagon wall wasp water well whale wheat wheel whip wind wine wing wire
     wood wool worm zebra
-    """.split()
+    """,
+    )
 )
 REGISTERS = ("red", "blue", "green", "gold", "pink", "gray", "black", "white")
 
@@ -55,9 +58,20 @@ _FILLERS = (
     (" A %s can see the %s.", 7, 2),
     (" We put the %s on a %s.", 8, 2),
     (" He met a %s and a %s by the %s.", 11, 3),
-    (" The %s and the %s saw a %s in the %s.", 12, 4),
+    (" The %s and the %s met a %s in the %s.", 12, 4),
 )
 _SHORTEST_FILLER = _FILLERS[0]
+
+# Every sentence that a document may hold, for whoever must know its words.
+TEMPLATES = (
+    " The code of %s is %s.",
+    " Let %s be %s.",
+    " At %s add %s then %s makes %s.",
+    " At %s %s set %s then end.",
+    " At %s %s take %s then end.",
+    " Note %s.",
+    *(filler for filler, _, _ in _FILLERS),
+)
 
 
 def count_tokens(text: str) -> int:
@@ -152,11 +166,14 @@ def _variables(rng: Random, names: Iterator[str], chains: int, hops: int) -> _Pu
 def _chain(task: str, nodes: list[str], steps: list[str], values: list[int]) -> tuple[list[str], Exchange]:
     """Facts and full trace of a chain: step i leads from node i to node i + 1, the last one to `end`."""
     lines = [
-        f" At {node} {step} then {after}" for node, step, after in zip(nodes, steps, [*nodes[1:], "end"], strict=True)
+        f" At {node} {step} then {after}"
+        for node, step, after in zip(nodes, steps, [*nodes[1:], "end"], strict=True)
     ]
     trace = "".join(f"{line} makes {value:02d}" for line, value in zip(lines, values, strict=True)) + "."
     question = f" At {nodes[0]}"
-    return [line + "." for line in lines], Exchange(task=task, question=question, answer=trace[len(question) :])
+    return [line + "." for line in lines], Exchange(
+        task=task, question=question, answer=trace[len(question) :]
+    )
 
 
 def _walks(rng: Random, names: Iterator[str], chains: int, steps: int) -> _Puzzle:
@@ -248,17 +265,17 @@ def _needle(rng: Random, room: int) -> _Puzzle:
     return _multi_key(rng, room, keys=1)
 
 
-def _multi_key(rng: Random, room: int, keys: int = 120) -> _Puzzle:
+def _multi_key(rng: Random, _room: int, keys: int = 120) -> _Puzzle:
     names = _names(rng)
     task = "needle" if keys == 1 else "multi_key"
     return _lookups(task, rng, [next(names) for _ in range(keys)], 4)
 
 
-def _siblings(rng: Random, room: int, keys: int = 100) -> _Puzzle:
+def _siblings(rng: Random, _room: int, keys: int = 100) -> _Puzzle:
     return _lookups("siblings", rng, _sibling_keys(rng, _names(rng), keys), 6)
 
 
-def _variable_tracking(rng: Random, room: int, chains: int = 16, hops: int = 4) -> _Puzzle:
+def _variable_tracking(rng: Random, _room: int, chains: int = 16, hops: int = 4) -> _Puzzle:
     return _variables(rng, _names(rng), chains, hops)
 
 
@@ -312,7 +329,9 @@ def document(task: str, length: int, seed: int, index: int, **options: int) -> D
     exchange = puzzle.exchanges[rng.randrange(len(puzzle.exchanges))]
     room -= puzzle.tokens + count_tokens(exchange.question)
     if room < 0:
-        raise ValueError(f"task {task!r} with {options or 'its defaults'} does not fit into {length} tokens: {-room} too many")
+        raise ValueError(
+            f"task {task!r} with {options or 'its defaults'} does not fit into {length} tokens: {-room} too many"
+        )
     prompt = _fill(rng, puzzle.facts, room) + QUESTION + exchange.question
     return Document(prompt=prompt, target=exchange.answer, task=task)
 
@@ -373,7 +392,9 @@ def _training_puzzle(task: str, rng: Random, names: Iterator[str], free: int, ro
 
 def training_document(rng: Random, length: int) -> TrainingDocument:
     """Facts of one task, or of two in a quarter of the documents, and 1 to 20 questions: at most `length` tokens."""
-    tasks = rng.choices(list(TRAINING_WEIGHTS), list(TRAINING_WEIGHTS.values()), k=2 if rng.random() < 0.25 else 1)
+    tasks = rng.choices(
+        list(TRAINING_WEIGHTS), list(TRAINING_WEIGHTS.values()), k=2 if rng.random() < 0.25 else 1
+    )
     names = _names(rng)
     room = length - _HEADER_TOKENS
     share = room // len(tasks)

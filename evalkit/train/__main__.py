@@ -22,14 +22,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m evalkit.train", description="How dsa-nano is made.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train, export and evaluate")
-    run.add_argument("--out", type=Path, required=True, help="directory of the run; its export/ is the checkpoint")
+    run.add_argument(
+        "--out", type=Path, required=True, help="directory of the run; its export/ is the checkpoint"
+    )
     run.add_argument("--minutes", type=float, default=7.0, help="wall time, evaluation included")
     run.add_argument("--seed", type=int, default=1)
     run.add_argument("--resume", action="store_true", help="continue from OUT/state.pt")
-    run.add_argument("--from", dest="origin", type=Path, help="start at the indexer phase from this checkpoint")
+    run.add_argument(
+        "--from", dest="origin", type=Path, help="start at the indexer phase from this checkpoint"
+    )
     run.add_argument("--size", choices=("nano", "tiny"), default="nano", help="tiny: a rehearsal on a CPU")
     run.add_argument("--workers", type=int, help="processes that make documents")
-    run.add_argument("--documents", type=int, default=256, help="documents a task in the evaluation; 0 for none")
+    run.add_argument(
+        "--documents", type=int, default=256, help="documents a task in the evaluation; 0 for none"
+    )
     scored = commands.add_parser("evaluate", help="exact match on held-out documents")
     scored.add_argument("checkpoint", type=Path)
     scored.add_argument("--documents", type=int, default=256)

@@ -63,8 +63,10 @@ def _training(record: dict[str, Any]) -> str:
         "| phase | steps | tokens | seconds |",
         "|---|---|---|---|",
     ]
-    for phase in record["phases"]:
-        lines.append(f"| {phase['phase']} | {phase['step']} | {phase['tokens'] / 1e6:.1f} M | {phase['seconds']} |")
+    lines += [
+        f"| {phase['phase']} | {phase['step']} | {phase['tokens'] / 1e6:.1f} M | {phase['seconds']} |"
+        for phase in record["phases"]
+    ]
     return "\n".join(lines) + "\n"
 
 

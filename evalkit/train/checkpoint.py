@@ -71,7 +71,7 @@ def export(model: Nano, directory: Path) -> int:
         used += tensor.nbytes
     for stale in directory.glob("model-*.safetensors"):
         stale.unlink()
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})

@@ -7,6 +7,7 @@ import queue
 from dataclasses import dataclass
 from random import Random
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
@@ -118,7 +119,9 @@ def make_batch(config: TrainConfig, encoder: Encoder, request: Request) -> Batch
         weights=weights.astype(np.float32),
         answers=np.where(answers >= 0, answers, len(answer_tasks)).astype(np.int32),
         answer_tasks=tasks_of_answers,
-        rows=_query_rows(config, answer_of, end, generator) if needs_rows else np.zeros((0, 0), dtype=np.int16),
+        rows=_query_rows(config, answer_of, end, generator)
+        if needs_rows
+        else np.zeros((0, 0), dtype=np.int16),
     )
 
 
@@ -185,7 +188,7 @@ class Loader:
         self._asked.discard(wanted[0])
         return self._ready.pop(wanted[0])
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -98,7 +98,9 @@ def exact_match(
     return float(torch.cat(right).float().mean())
 
 
-def evaluate(directory: Path, device: torch.device, n: int = 256, lengths: tuple[int, ...] = (2048, 1024, 4096)) -> Path:
+def evaluate(
+    directory: Path, device: torch.device, n: int = 256, lengths: tuple[int, ...] = (2048, 1024, 4096)
+) -> Path:
     """Scores every task at every length, prints a table and writes evaluation.json beside the checkpoint."""
     model = checkpoint.load(directory).to(device).eval()
     model.use(probe_kernels(model.config, device))

@@ -7,7 +7,6 @@ Everything lives in the run's directory: `state.pt` (written atomically, so that
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,7 +58,9 @@ class Meter:
         task = task_of_answer[batch["answers"]]
         self.sums[0].index_add_(0, task, losses)
         self.sums[1].index_add_(0, task, torch.ones_like(losses))
-        errors = torch.zeros(len(task_of_answer), device=self.device).index_add_(0, batch["answers"], wrong.float())
+        errors = torch.zeros(len(task_of_answer), device=self.device).index_add_(
+            0, batch["answers"], wrong.float()
+        )
         self.sums[2].index_add_(0, task_of_answer, torch.ones_like(errors))
         self.sums[3].index_add_(0, task_of_answer, (errors == 0).float())
 
@@ -106,7 +107,7 @@ class Trainer:
         }
         partial = self.out / "state.pt.partial"
         torch.save(state, partial)
-        os.replace(partial, self.out / "state.pt")
+        partial.replace(self.out / "state.pt")
         self.last_save = time.monotonic()
 
     def resume(self) -> None:
@@ -119,7 +120,9 @@ class Trainer:
         for key in ("model", "seed", "stages"):
             mine = asdict(self.config)[key]
             if state["config"][key] != mine:
-                raise ValueError(f"{self.out / 'state.pt'}: its {key} is {state['config'][key]}, this run's {mine}")
+                raise ValueError(
+                    f"{self.out / 'state.pt'}: its {key} is {state['config'][key]}, this run's {mine}"
+                )
         self.model.load_state_dict(state["model"])
         self.progress = Progress(**state["progress"])
         if state["optimizers"] is not None:
@@ -194,7 +197,7 @@ class Trainer:
             if kl is not None:
                 loss = loss + kl
                 self.meter.add_kl(kl)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         assert self.optimizers is not None
         self.optimizers.step(self._lr_scale())
         for router in self.model.routers():

@@ -52,12 +52,14 @@ def probe_kernels(config: ModelConfig, device: torch.device) -> Kernels:
         torch.randn(2, tokens, heads, width, device=device, generator=generator).bfloat16().transpose(1, 2)
         for width in (wide, wide, config.v_head_dim)
     )
-    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril().expand(2, 1, -1, -1).contiguous()
+    mask = (
+        torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril().expand(2, 1, -1, -1).contiguous()
+    )
 
     def run(backend: SDPBackend, masked: bool) -> list[Tensor]:
         inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-        out = attend(*inputs, mask if masked else None, (backend,))
-        out.float().square().sum().backward()  # type: ignore[no-untyped-call]
+        out = attend(inputs[0], inputs[1], inputs[2], mask if masked else None, (backend,))
+        out.float().square().sum().backward()
         return [out.detach(), *(tensor.grad for tensor in inputs if tensor.grad is not None)]
 
     def works(backend: SDPBackend, masked: bool) -> bool:
@@ -133,7 +135,7 @@ class Indexer(nn.Module):
         q = rotate_halves(q, cos.unsqueeze(-2), sin.unsqueeze(-2)).transpose(1, 2)
         products = F.relu(q @ keys.unsqueeze(1).transpose(-1, -2))  # [B, I, Q, S]
         weights = self.weights_proj(x).float() * (self.heads**-0.5 * self.width**-0.5)
-        weighted = products * weights.transpose(1, 2).unsqueeze(-1).to(products.dtype)
+        weighted: Tensor = products * weights.transpose(1, 2).unsqueeze(-1).to(products.dtype)
         return weighted.sum(1, dtype=torch.float32)
 
 
@@ -185,7 +187,9 @@ class Attention(nn.Module):
         return self.o_proj(attended), kl
 
     @torch.no_grad()
-    def select(self, x: Tensor, q_resid: Tensor, cos: Tensor, sin: Tensor, selection: Selection) -> Tensor | None:
+    def select(
+        self, x: Tensor, q_resid: Tensor, cos: Tensor, sin: Tensor, selection: Selection
+    ) -> Tensor | None:
         """The keys each query may attend to, [B, 1, T, T], or None where that is all of them."""
         batch, tokens = x.shape[:2]
         topk = self.config.index_topk
@@ -204,9 +208,13 @@ class Attention(nn.Module):
             if keys is None:
                 scores = torch.rand(batch, stop - start, stop, device=x.device)
             else:
-                scores = self.indexer.scores(x[:, part], q_resid[:, part], keys[:, :stop], cos[part], sin[part])
+                scores = self.indexer.scores(
+                    x[:, part], q_resid[:, part], keys[:, :stop], cos[part], sin[part]
+                )
             chosen = scores.masked_fill(~causal, -math.inf).topk(topk, sorted=False).indices
-            mask[:, part, :stop] = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True) & causal
+            mask[:, part, :stop] = (
+                torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True) & causal
+            )
         return mask.unsqueeze(1)
 
     def attention_of(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
@@ -214,18 +222,22 @@ class Attention(nn.Module):
         scores = gather_rows(q.transpose(1, 2), rows).transpose(1, 2) @ k.transpose(-1, -2)  # [B, H, Q, T]
         later = torch.arange(k.shape[2], device=k.device) > rows[:, :, None]
         scores = scores.float() * (self.nope + self.rope) ** -0.5
-        return scores.masked_fill(later[:, None], -math.inf).softmax(-1).mean(1)
+        shares: Tensor = scores.masked_fill(later[:, None], -math.inf).softmax(-1)
+        return shares.mean(1)
 
     def indexer_kl(
         self, x: Tensor, q_resid: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, target: Tensor
     ) -> Tensor:
         """KL(target || softmax of the index scores), a mean over query rows."""
         keys = self.indexer.keys(x, cos, sin)
-        scores = self.indexer.scores(gather_rows(x, rows), gather_rows(q_resid, rows), keys, cos[rows], sin[rows])
+        scores = self.indexer.scores(
+            gather_rows(x, rows), gather_rows(q_resid, rows), keys, cos[rows], sin[rows]
+        )
         later = torch.arange(x.shape[1], device=x.device) > rows[:, :, None]
         log_scores = scores.masked_fill(later, -1e30).log_softmax(-1)
-        # xlogy-like: a target of zero contributes nothing, whatever the score.
-        return (target * (target.clamp(min=1e-20).log() - log_scores)).sum(-1).mean()
+        # Clamped, so that a target of zero contributes nothing, whatever the score.
+        kl: Tensor = (target * (target.clamp(min=1e-20).log() - log_scores)).sum(-1)
+        return kl.mean()
 
 
 class MLP(nn.Module):
@@ -236,7 +248,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        down: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return down
 
 
 class Router(nn.Module):
@@ -292,7 +305,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)
-        return self.experts(flat, self.gate(flat)).view_as(x) + self.shared_experts(x)
+        routed: Tensor = self.experts(flat, self.gate(flat))
+        return routed.view_as(x) + self.shared_experts(x)
 
 
 class Layer(nn.Module):
@@ -341,7 +355,7 @@ class Nano(nn.Module):
             if "o_proj" in name or "down_proj" in name:
                 std *= depth
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        self.lm_head.weight.copy_(self.model.embed_tokens.weight * (2 * self.config.hidden_size**-0.5))
+        self.lm_head.weight.copy_(self.model.embed_tokens.weight * (0.5 * self.config.hidden_size**-0.5))
 
     def use(self, kernels: Kernels) -> None:
         for module in self.modules():

@@ -28,7 +28,7 @@ def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -94,7 +94,9 @@ class Optimizers:
             self.all.append(
                 torch.optim.AdamW(indexer, lr=indexer_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
             )
-        trained = {id(p) for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
+        trained = {
+            id(p) for optimizer in self.all for group in optimizer.param_groups for p in group["params"]
+        }
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         self.base = [optimizer.param_groups[0]["lr"] for optimizer in self.all]

@@ -7,6 +7,7 @@ Digits are never merged with each other; any UTF-8 text is covered by the 256 by
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -16,9 +17,9 @@ from tasks import documents
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 VOCAB_SIZE = 1024
 PIECE = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
-TEMPLATE_WORDS = (
-    "The code of is Let be At add then end makes set take Note A can see the We put on a He met and by saw in old"
-).split()
+TEMPLATE_WORDS = tuple(
+    sorted({word for text in documents.TEMPLATES for word in re.findall("[A-Za-z]+", text.replace("%s", ""))})
+)
 
 
 def _corpus() -> list[str]:
@@ -26,7 +27,9 @@ def _corpus() -> list[str]:
     words = [f" {word}" for word in (*TEMPLATE_WORDS, *documents.REGISTERS)]
     digits = [f" {digit}." for digit in range(10)]
     frame = [documents.HEADER, documents.QUESTION]
-    return 50 * (words + digits + frame) + 8 * [f" {word}" for word in documents.WORDS] + list(documents.WORDS)
+    return (
+        50 * (words + digits + frame) + 8 * [f" {word}" for word in documents.WORDS] + list(documents.WORDS)
+    )
 
 
 def train() -> Tokenizer:
@@ -46,7 +49,7 @@ def train() -> Tokenizer:
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        single=f"{BOS} $A", special_tokens=[(BOS, _id(tokenizer, BOS))]
     )
     return tokenizer
 
@@ -66,12 +69,19 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    found: int | None = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {token}")
+    return found
+
+
 class Encoder:
     """Text to ids, one look-up a piece: BPE never merges across pieces, so a piece's ids do not depend on its place."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.pad, self.bos, self.eos = (tokenizer.token_to_id(token) for token in (PAD, BOS, EOS))
+        self.pad, self.bos, self.eos = (_id(tokenizer, token) for token in (PAD, BOS, EOS))
         self._ids: dict[str, int] = {}
 
     def __call__(self, text: str) -> list[int]:
@@ -88,8 +98,8 @@ class Encoder:
             for piece in set(pieces) - ids.keys():
                 encoded = self.tokenizer.encode(piece, add_special_tokens=False).ids
                 if len(encoded) != 1:
-                    raise ValueError(f"{piece!r} is {len(encoded)} tokens; a document's words must be one each") from None
+                    raise ValueError(
+                        f"{piece!r} is {len(encoded)} tokens; a document's words must be one each"
+                    ) from None
                 ids[piece] = encoded[0]
             return [ids[piece] for piece in pieces]
-
-

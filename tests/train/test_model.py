@@ -69,7 +69,7 @@ def test_the_indexer_learns_from_its_own_loss_alone():
     model = a_model().train()
     ids = torch.randint(3, SMALL.vocab_size, (1, 64), generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([[10, 40, 63]])
-    hidden, kl = model(ids, "own", rows)
+    _, kl = model(ids, "own", rows)
     kl.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (".indexer." in name), name
