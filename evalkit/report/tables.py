@@ -52,7 +52,14 @@ def candidates(records: Sequence[Record]) -> Table:
             for task in tasks
             if (task.task, task.candidate) == (name, record.candidate)
         ]
-        kl = next((token for token in _by_phase(tokens) if token.candidate == record.candidate), None)
+        kl = next(
+            (
+                token
+                for token in _by_phase(tokens)
+                if (token.candidate, token.frozen) == (record.candidate, "none")
+            ),
+            None,
+        )
         rows.append(
             (
                 record.candidate,

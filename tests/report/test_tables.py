@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from evalkit.records import CandidateRecord, LayerRecord, RunDirectory, TaskRecord, only
+from evalkit.records import CandidateRecord, LayerRecord, RunDirectory, TaskRecord, TokenRecord, only
 from evalkit.report import tables
 from tests.report.conftest import CANDIDATES, layer_record
 
@@ -87,6 +87,19 @@ def test_a_number_that_does_not_exist_reads_na(run: RunDirectory):
     task = replace(only(run.read(), TaskRecord)[0], loss_lower=None, loss_upper=None, score_lower=None)
     assert tables.tasks([task]).rows[0][4].endswith("[n/a]")
     assert tables.tasks([task]).rows[0][3].endswith("[n/a]")
+
+
+def test_the_headline_divergence_is_of_the_free_running_model_in_decode(run: RunDirectory):
+    free = only(run.read(), TokenRecord)[0]
+    others = [
+        replace(free, frozen="selection+routing", kl_mean_nats=7.0),
+        replace(free, phase="prefill", kl_mean_nats=8.0),
+    ]
+    candidate = only(run.read(), CandidateRecord)[0]
+    assert (
+        tables.candidates([candidate, *others, free]).rows[0][4]
+        == f"{tables.number(free.kl_mean_nats)} (512)"
+    )
 
 
 def test_non_finite_values_are_shown_and_not_outshone_by_finite_ones():
