@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import nbformat
-import pytest
 from nbclient import NotebookClient
 
 from evalkit.records import LayerRecord, RunDirectory, only
