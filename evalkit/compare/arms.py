@@ -1,4 +1,4 @@
-"""What is run against the reference: a subject (a candidate, or bf16 disturbed to find a floor) in one mode."""
+"""What runs against the reference: a subject (a candidate, or bf16 disturbed to find a floor) in one mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Subject:
     """A candidate as it is run.
 
     rung: `total`, or `floor:<kind>` for bf16 against itself.
-    prefill_chunks: in how many equal pieces the prompt is processed; with more than one, decode tokens go at once.
+    prefill_chunks: in how many equal pieces the prompt is processed; with more than one, decode tokens go at
+        once.
     noise: half-width of the multiplicative noise on latent and rope before they are stored; 0 is none.
     runs_frozen: whether it also runs with selection and routing frozen to the reference's.
     """
@@ -46,7 +47,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Arm:
-    """A subject in one mode: isolated (each layer gets the reference's input) or propagated, free or frozen."""
+    """A subject in one mode: isolated (layers get the reference's input) or propagated, free or frozen."""
 
     subject: Subject
     mode: str

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 ATTENTION_PROBES: Final = frozenset(
     {"latent", "rope", "index_scores", "selection", "attention", "values", "output", "routing"}
 )
-FROZEN_PROBES: Final = ATTENTION_PROBES - {"index_scores"}  # a forced selection leaves nobody to read the scores
+# A forced selection leaves nobody to read the scores.
+FROZEN_PROBES: Final = ATTENTION_PROBES - {"index_scores"}
 PADS: Final = {"index_scores": -torch.inf, "selection": -1}  # probes whose width grows with the cache
 
 
@@ -24,8 +25,8 @@ PADS: Final = {"index_scores": -torch.inf, "selection": -1}  # probes whose widt
 class LayerPass:
     """One layer over one document of T tokens.
 
-    hidden: [1, T, D], the layer's output. probes: name to [T, ...], see evalkit.attention.path. call: the attention
-    of all T tokens as one call on the final cache, where calls were kept.
+    hidden: [1, T, D], the layer's output. probes: name to [T, ...], see evalkit.attention.path. call: the
+    attention of all T tokens as one call on the final cache, where calls were kept.
     """
 
     hidden: Tensor
@@ -68,10 +69,17 @@ class Capture:
 
 
 def run_layer(
-    model: Any, index: int, hidden: Tensor, cache: Any, spans: Sequence[slice], *,
-    probes: frozenset[str] = ATTENTION_PROBES, keep_call: bool = False, selection: Tensor | None = None,
+    model: Any,
+    index: int,
+    hidden: Tensor,
+    cache: Any,
+    spans: Sequence[slice],
+    *,
+    probes: frozenset[str] = ATTENTION_PROBES,
+    keep_call: bool = False,
+    selection: Tensor | None = None,
     routing: Tensor | None = None,
-) -> LayerPass:  # fmt: skip
+) -> LayerPass:
     """Run decoder layer `index` on hidden [1, T, D], step by step, on an empty cache.
 
     Args:
@@ -80,7 +88,8 @@ def run_layer(
         spans: the steps, covering the T tokens in order.
         probes: what to keep of what the path shows.
         keep_call: keep the attention's queries, rows and result, for the rungs.
-        selection: [T, K] columns to attend to instead of the layer's own choice; a layer without an indexer needs it.
+        selection: [T, K] columns to attend to instead of the layer's own choice; a layer without an indexer
+            needs it.
         routing: [T, experts a token] to use instead of the router's choice.
     """
     layer, state, capture = model.model.layers[index], cache.state, Capture(probes, keep_call)

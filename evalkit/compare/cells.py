@@ -11,7 +11,8 @@ from torch import Tensor
 
 from evalkit.compare.arms import DECODE, PREFILL, Arm
 from evalkit.compare.capture import LayerPass
-from evalkit.compare.metrics import Accumulator, Figures
+from evalkit.compare.metrics import Accumulator
+from evalkit.compare.rows import layer_record, selection_record
 from evalkit.compare.rungs import Rungs
 from evalkit.compare.selection import SelectionAccumulator, kept, margin, mass_lost, recall
 from evalkit.records import LayerRecord, SelectionRecord
@@ -37,7 +38,9 @@ class ReferencePass:
         total = run.hidden.shape[1]
         phases = {PREFILL: slice(0, prefill)} | ({DECODE: slice(prefill, total)} if total > prefill else {})
         scores = run.probes.get("index_scores")
-        margins = {} if scores is None else {phase: margin(scores[span], topk) for phase, span in phases.items()}
+        margins = (
+            {} if scores is None else {phase: margin(scores[span], topk) for phase, span in phases.items()}
+        )
         return cls(run, run.probes["selection"], margins, phases)
 
 
@@ -64,7 +67,13 @@ class Cell:
                 self._compare(phase, "attention", pair[0][span], pair[1][span], rung)
 
     def _compare(
-        self, phase: str, probe: str, got: Tensor, ref: Tensor, rung: str | None = None, where: Tensor | None = None
+        self,
+        phase: str,
+        probe: str,
+        got: Tensor,
+        ref: Tensor,
+        rung: str | None = None,
+        where: Tensor | None = None,
     ) -> None:
         key = (phase, probe, rung or self.arm.subject.rung)
         self.metrics.setdefault(key, Accumulator()).add(got, ref, where)
@@ -75,7 +84,9 @@ class Cell:
         scores, wanted = got.probes["index_scores"][span], ref.run.probes["index_scores"][span]
         hidden = torch.isneginf(wanted)
         if not bool(torch.isneginf(scores[hidden]).all()):
-            raise ValueError(f"layer {self.layer}, {phase}: {self.arm.subject.candidate} scores keys of the future")
+            raise ValueError(
+                f"layer {self.layer}, {phase}: {self.arm.subject.candidate} scores keys of the future"
+            )
         self._compare(phase, "index_scores", scores, wanted, where=~hidden)
 
     def _add_routing(self, phase: str, span: slice, got: LayerPass, ref: ReferencePass) -> None:
@@ -87,7 +98,7 @@ class Cell:
         self._compare(phase, "routing", same, torch.ones_like(same))
 
     def _add_selection(self, phase: str, span: slice, got: LayerPass, ref: ReferencePass) -> None:
-        """One number a token: the share of the reference's keys it kept, against 1; and the selection's own figures."""
+        """One number a token: the share of the reference's keys it kept, against 1; and its own figures."""
         chosen, wanted = got.probes["selection"][span], ref.selection[span]
         shares = recall(chosen, wanted)
         self._compare(phase, "selection", shares, torch.ones_like(shares))
@@ -102,24 +113,7 @@ class Cell:
         for (phase, probe, rung), accumulator in self.metrics.items():
             yield layer_record(self.arm, self.layer, phase, probe, rung, accumulator.result())
         for phase, selection in self.selections.items():
-            found = selection.result()
-            yield SelectionRecord(
-                candidate=str(self.arm.subject.candidate), layer=self.layer, phase=phase, mode=self.arm.mode,
-                recall_mean=found.recall_mean, recall_min=found.recall_min, margin_p50=found.margin_p50,
-                mass_lost_mean=found.mass_lost_mean, n=found.n,
-            )  # fmt: skip
-
-
-def layer_record(arm: Arm, layer: int | None, phase: str, probe: str, rung: str, found: Figures) -> LayerRecord:
-    """Figures as the record of where they were found."""
-    return LayerRecord(
-        candidate=str(arm.subject.candidate), layer=layer, phase=phase, mode=arm.mode, probe=probe, rung=rung,
-        cosine=found.cosine, relative_l2=found.relative_l2, symmetric_distance=found.symmetric_distance,
-        max_abs_error=found.max_abs_error, max_abs_token=found.max_abs_token, max_abs_got=found.max_abs_got,
-        max_abs_ref=found.max_abs_ref, sqnr_db=found.sqnr_db, abs_p50=found.abs_p50, abs_p99=found.abs_p99,
-        abs_p999=found.abs_p999, token_relative_l2_mean=found.token_relative_l2_mean, nonfinite=found.nonfinite,
-        frozen=arm.frozen_name, n=found.n,
-    )  # fmt: skip
+            yield selection_record(self.arm, self.layer, phase, selection.result())
 
 
 def _mass_lost(chosen: Tensor, ref: ReferencePass, span: slice, sample: Tensor) -> Tensor:
@@ -131,4 +125,6 @@ def _mass_lost(chosen: Tensor, ref: ReferencePass, span: slice, sample: Tensor) 
     # One document in a fresh cache: column j of the key axis is slot j.
     latent, rope = call.format.load(call.cache, columns, call.scales)
     lost = ~kept(chosen[sample], wanted) & (wanted >= 0)
-    return mass_lost(call.q_latent[at], call.q_rope[at], latent, rope, wanted, lost, call.lse[at], call.sm_scale)
+    return mass_lost(
+        call.q_latent[at], call.q_rope[at], latent, rope, wanted, lost, call.lse[at], call.sm_scale
+    )

@@ -1,14 +1,16 @@
 """Compares candidates with bf16@reference layer by layer, all of them advancing through one set of weights.
 
-Layer-major: at each layer, for each document, the reference runs once with every probe captured, then each arm runs
-and is compared, and its captures are dropped. What lives on from layer to layer is one hidden state [T, D] for each
-arm and document, and, where layers share an indexer, its last selection.
+Layer-major: at each layer, for each document, the reference runs once with every probe captured, then each
+arm runs and is compared, and its captures are dropped. What lives on from layer to layer is one hidden state
+[T, D] for each arm and document, and, where layers share an indexer, its last selection.
 
-Each document is processed as a prompt of T - D tokens followed by D tokens one at a time on the same cache, by the
-reference as by the candidates; the records of phase `prefill` cover the former, of `decode` the latter.
+Each document is processed as a prompt of T - D tokens followed by D tokens one at a time on the same cache,
+by the reference as by the candidates; the records of phase `prefill` cover the former, of `decode` the
+latter.
 
-A propagated arm whose input, selection and routing at a layer are its subject's isolated ones bit for bit (at the
-first layer, and throughout for bf16 against itself) takes that pass's result: it would compute the same again.
+A propagated arm whose input, selection and routing at a layer are its subject's isolated ones bit for bit (at
+the first layer, and throughout for bf16 against itself) takes that pass's result: it would compute the same
+again.
 """
 
 from __future__ import annotations
@@ -24,14 +26,15 @@ from evalkit.candidate import Candidate
 from evalkit.compare import noise
 from evalkit.compare.arms import DECODE, ISOLATED, PREFILL, PROPAGATED, REFERENCE, Arm, Subject, arms_of
 from evalkit.compare.capture import ATTENTION_PROBES, FROZEN_PROBES, LayerPass, run_layer
-from evalkit.compare.cells import Cell, ReferencePass, layer_record
+from evalkit.compare.cells import Cell, ReferencePass
 from evalkit.compare.metrics import Accumulator
 from evalkit.compare.ranges import RangeAccumulator
+from evalkit.compare.rows import layer_record, no_kernel_floor, range_record, token_record
 from evalkit.compare.rungs import Rungs, rungs
 from evalkit.compare.tokens import TokenAccumulator
 from evalkit.errors import InputError
 from evalkit.kv import RowFormat, Scales
-from evalkit.records import LayerRecord, RangeRecord, Record, TokenRecord
+from evalkit.records import Record
 
 LOGITS_AT_ONCE: Final = 1 << 24  # logits of one tensor held at once
 NOISE_SEED: Final = 20_240_501
@@ -40,10 +43,15 @@ Advance = Callable[[], None]
 
 
 def compare(
-    model: Any, documents: Sequence[Tensor], candidates: Sequence[Candidate], *,
-    scales: Mapping[Candidate, Mapping[int, Scales]] | None = None, decode_tokens: int = 16,
-    floors: Sequence[Subject] | None = None, advance: Advance | None = None,
-) -> Iterator[Record]:  # fmt: skip
+    model: Any,
+    documents: Sequence[Tensor],
+    candidates: Sequence[Candidate],
+    *,
+    scales: Mapping[Candidate, Mapping[int, Scales]] | None = None,
+    decode_tokens: int = 16,
+    floors: Sequence[Subject] | None = None,
+    advance: Advance | None = None,
+) -> Iterator[Record]:
     """Every probe of every layer, for every candidate, each layer's records as soon as it is done.
 
     Args:
@@ -51,7 +59,8 @@ def compare(
         documents: token ids [T] int64, T > `decode_tokens`, at least one.
         candidates: resolved ones (a backend that runs here), the bf16 control first.
         scales: each candidate's scales by layer; 1.0 where there are none.
-        decode_tokens: how many of a document's last tokens are processed one at a time; 0 leaves that phase out.
+        decode_tokens: how many of a document's last tokens are processed one at a time; 0 leaves that phase
+            out.
         floors: None measures what `noise.floors` offers, () nothing.
         advance: called `count_passes(...)` times, for a progress bar.
 
@@ -67,7 +76,7 @@ def compare(
     subjects = [Subject(candidate=candidate, scales=given.get(candidate, {})) for candidate in candidates]
     stream = LayerStream(model, documents, [*subjects, *floors], decode_tokens, advance or _nothing)
     if noise.kernel_floor(model)[0] is None and floors:
-        yield _no_kernel_floor()
+        yield no_kernel_floor()
     for layer in range(model.config.num_hidden_layers):
         yield from stream.layer(layer)
     yield from stream.logits()
@@ -75,14 +84,18 @@ def compare(
 
 def count_passes(model: Any, documents: int, candidates: int, floors: Sequence[Subject] | None = None) -> int:
     """How often `compare` calls `advance` for so many documents and candidates, and these floors."""
-    subjects = [Subject(candidate=REFERENCE)] * candidates + list(noise.floors(model) if floors is None else floors)
-    arms = sum(len(arms_of(subject)) for subject in subjects)
+    floors = noise.floors(model) if floors is None else floors
+    arms = sum(
+        len(arms_of(subject)) for subject in [Subject(candidate=REFERENCE)] * candidates + list(floors)
+    )
     return int(model.config.num_hidden_layers) * documents * (1 + arms)
 
 
 @torch.no_grad()
 def calibrate(model: Any, documents: Sequence[Tensor], advance: Advance | None = None) -> dict[int, Scales]:
-    """Scales that saturate neither latent nor rope of these documents, by layer; `advance` is called once for each.
+    """Scales that saturate neither latent nor rope of these documents, by layer.
+
+    `advance` is called once for each layer and document.
 
     Raises:
         InputError: there is no document, or a layer stores nothing but zeros.
@@ -104,14 +117,21 @@ class LayerStream:
     """The state between layers: hidden states, shared selections, and the reference's current input."""
 
     def __init__(
-        self, model: Any, documents: Sequence[Tensor], subjects: Sequence[Subject], decode_tokens: int, advance: Advance
+        self,
+        model: Any,
+        documents: Sequence[Tensor],
+        subjects: Sequence[Subject],
+        decode_tokens: int,
+        advance: Advance,
     ) -> None:
         self.model, self.subjects, self.advance = model, subjects, advance
         self.arms = [arm for subject in subjects for arm in arms_of(subject)]
         with torch.no_grad():
-            self.inputs = [model.model.embed_tokens(ids.to(model.device)[None]) for ids in documents]  # [1, T, D] each
+            embed = model.model.embed_tokens
+            self.inputs = [embed(ids.to(model.device)[None]) for ids in documents]  # each [1, T, D]
         self.prefill = [len(ids) - decode_tokens for ids in documents]
-        self.hidden = {(arm, n): x for arm in self.arms if arm.mode == PROPAGATED for n, x in enumerate(self.inputs)}
+        moving = [arm for arm in self.arms if arm.mode == PROPAGATED]
+        self.hidden = {(arm, number): x for arm in moving for number, x in enumerate(self.inputs)}
         self.selections: dict[tuple[Arm | None, int], Tensor] = {}  # of the last layer with an indexer
 
     @torch.no_grad()
@@ -127,10 +147,13 @@ class LayerStream:
             for cell in cells:
                 isolated = self._advance_arm(cell, document, ref, isolated)
             self.inputs[document] = ref.run.hidden
-        return [*(record for cell in cells for record in cell.records()), *_range_records(index, ranges)]
+        found: list[Record] = [record for cell in cells for record in cell.records()]
+        for (candidate, part), values in ranges.items():
+            found.append(range_record(candidate, index, part, values.scale, values.result()))
+        return found
 
     def reference(self, index: int, document: int) -> ReferencePass:
-        """Run bf16@reference on its own hidden state of one document; `inputs` is left for the arms to read."""
+        """Run bf16@reference on its hidden state of one document; `inputs` is left for the arms to read."""
         shared = self.selections.get((None, document)) if self._shares_selection(index) else None
         arm = Arm(subject=Subject(candidate=REFERENCE), mode=PROPAGATED)
         run = self._run(arm, index, document, self.inputs[document], selection=shared, keep_call=True)
@@ -138,14 +161,18 @@ class LayerStream:
             self.selections[None, document] = run.probes["selection"]
         return ReferencePass.of(run, self.prefill[document], self.model.config.index_topk)
 
-    def _advance_arm(self, cell: Cell, document: int, ref: ReferencePass, isolated: LayerPass | None) -> LayerPass | None:
+    def _advance_arm(
+        self, cell: Cell, document: int, ref: ReferencePass, isolated: LayerPass | None
+    ) -> LayerPass | None:
         """Run one arm, compare it, and move it on. Takes and returns its subject's isolated pass."""
         arm, shared = cell.arm, self._shares_selection(cell.layer)
         if arm.mode == ISOLATED:
             # A selection made by an earlier layer is part of this layer's input.
             selection = ref.selection if shared else None
             split = not arm.subject.is_floor
-            got = self._run(arm, cell.layer, document, self.inputs[document], selection=selection, keep_call=split)
+            got = self._run(
+                arm, cell.layer, document, self.inputs[document], selection=selection, keep_call=split
+            )
             cell.add(got, ref, self._rungs(arm.subject, got, ref) if split else None)
             return LayerPass(got.hidden, got.probes, None)
         source, selection, routing = self.hidden[arm, document], None, None
@@ -153,7 +180,8 @@ class LayerStream:
             selection, routing = ref.selection, ref.run.probes.get("routing")
         elif shared:
             selection = self.selections[arm, document]
-        if isolated is not None and self._repeats(isolated, source, self.inputs[document], selection, routing):
+        same_input = torch.equal(source, self.inputs[document])
+        if isolated is not None and same_input and _has_chosen(isolated, selection, routing):
             got = isolated
             self.advance()
         else:
@@ -164,16 +192,6 @@ class LayerStream:
             self.selections[arm, document] = got.probes["selection"]
         return isolated
 
-    @staticmethod
-    def _repeats(
-        isolated: LayerPass, source: Tensor, isolated_source: Tensor, selection: Tensor | None, routing: Tensor | None
-    ) -> bool:
-        """Whether a pass would be the isolated one again."""
-        forced = (("selection", selection), ("routing", routing))
-        return torch.equal(source, isolated_source) and all(
-            value is None or torch.equal(value, isolated.probes[name]) for name, value in forced
-        )
-
     def _rungs(self, subject: Subject, got: LayerPass, ref: ReferencePass) -> Rungs:
         assert ref.run.call is not None
         assert got.call is not None
@@ -181,9 +199,16 @@ class LayerStream:
         return rungs(ref.run.call, got.call, subject.candidate.backend, rounded)
 
     def _run(
-        self, arm: Arm, index: int, document: int, source: Tensor, *,
-        selection: Tensor | None, routing: Tensor | None = None, keep_call: bool = False,
-    ) -> LayerPass:  # fmt: skip
+        self,
+        arm: Arm,
+        index: int,
+        document: int,
+        source: Tensor,
+        *,
+        selection: Tensor | None,
+        routing: Tensor | None = None,
+        keep_call: bool = False,
+    ) -> LayerPass:
         """One arm through one layer on a cache of its own, which goes when the pass does."""
         subject = arm.subject
         cache = self.model.evalkit.new_cache(candidate=subject.candidate, scales=subject.scales)
@@ -192,9 +217,16 @@ class LayerStream:
         probes = FROZEN_PROBES if arm.frozen else ATTENTION_PROBES
         with noise.row_noise(self.model.model.layers[index], subject.noise, seed):
             got = run_layer(
-                self.model, index, source, cache, spans,
-                probes=probes, keep_call=keep_call, selection=selection, routing=routing,
-            )  # fmt: skip
+                self.model,
+                index,
+                source,
+                cache,
+                spans,
+                probes=probes,
+                keep_call=keep_call,
+                selection=selection,
+                routing=routing,
+            )
         self.advance()
         return got
 
@@ -231,12 +263,18 @@ class LayerStream:
             for phase, accumulator in metrics.items():
                 yield layer_record(arm, None, phase, "logits", arm.subject.rung, accumulator.result())
                 if not arm.subject.is_floor:
-                    yield _token_record(arm, phase, tokens[phase])
+                    yield token_record(arm, phase, tokens[phase].result())
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [1, T, D] after the last layer -> logits [T, V]."""
         logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))[0]
         return logits
+
+
+def _has_chosen(run: LayerPass, selection: Tensor | None, routing: Tensor | None) -> bool:
+    """Whether a pass selected and routed by itself as it would be made to."""
+    forced = (("selection", selection), ("routing", routing))
+    return all(value is None or torch.equal(value, run.probes[name]) for name, value in forced)
 
 
 def _logit_spans(hidden: Tensor, prefill: int, vocabulary: int) -> Iterator[tuple[str, slice]]:
@@ -254,44 +292,19 @@ def _is_scaled(format: RowFormat, part: str) -> bool:
     return not torch.equal(*stored)
 
 
-def _range_records(index: int, ranges: Mapping[tuple[str, str], RangeAccumulator]) -> Iterator[RangeRecord]:
-    for (candidate, part), accumulator in ranges.items():
-        found = accumulator.result()
-        yield RangeRecord(
-            candidate=candidate, layer=index, part=part, max_abs=found.max_abs, saturated_share=found.saturated_share,
-            subnormal_share=found.subnormal_share, zero_share=found.zero_share, headroom=found.headroom,
-            scale=accumulator.scale, n=found.n,
-        )  # fmt: skip
-
-
-def _token_record(arm: Arm, phase: str, accumulator: TokenAccumulator) -> TokenRecord:
-    found = accumulator.result()
-    return TokenRecord(
-        candidate=str(arm.subject.candidate), phase=phase, frozen=arm.frozen_name, kl_mean_nats=found.kl_mean_nats,
-        kl_p50_nats=found.kl_p50_nats, kl_p90_nats=found.kl_p90_nats, kl_p99_nats=found.kl_p99_nats,
-        kl_max_nats=found.kl_max_nats, top1_agreement=found.top1_agreement, n=found.n,
-    )  # fmt: skip
-
-
-def _no_kernel_floor() -> LayerRecord:
-    """That no other kernel reads bf16 here: a floor without a number, so that a reader prints n/a and not nothing."""
-    return LayerRecord(
-        candidate=str(REFERENCE), layer=None, phase=PREFILL, mode=PROPAGATED, probe="attention", rung=noise.KERNEL,
-        cosine=None, relative_l2=None, symmetric_distance=None, max_abs_error=None, max_abs_token=None,
-        max_abs_got=None, max_abs_ref=None, sqnr_db=None, abs_p50=None, abs_p99=None, abs_p999=None,
-        token_relative_l2_mean=None, nonfinite=0, frozen="none", n=0,
-    )  # fmt: skip
-
-
-def _check(model: Any, documents: Sequence[Tensor], candidates: Sequence[Candidate], decode_tokens: int) -> None:
+def _check(
+    model: Any, documents: Sequence[Tensor], candidates: Sequence[Candidate], decode_tokens: int
+) -> None:
     if not documents or not candidates:
-        raise InputError(f"{len(documents)} documents and {len(candidates)} candidates: at least one of each is needed")
+        raise InputError(
+            f"{len(documents)} documents and {len(candidates)} candidates: at least one of each is needed"
+        )
     limit = model.config.max_position_embeddings
     for number, ids in enumerate(documents):
         if ids.dim() != 1 or not decode_tokens < len(ids) <= limit:
             raise InputError(
-                f"document {number} has shape {list(ids.shape)}: [T] with {decode_tokens} (decode_tokens) < T <= {limit} "
-                "(the model's max_position_embeddings) is needed"
+                f"document {number} has shape {list(ids.shape)}: [T] is needed, {decode_tokens} (decode_tokens) "
+                f"< T <= {limit} (the model's max_position_embeddings)"
             )
 
 

@@ -1,8 +1,8 @@
 """Distances between two tensors, (got, ref), summed in float64 and added up chunk by chunk.
 
-Percentiles of the absolute error come from a histogram over the bit patterns of float32: 16 bins an octave over its
-whole range, so a percentile is within 3.2 % of the true one, is the same in every order of adding, and an
-accumulator's memory does not grow with what it has seen.
+Percentiles of the absolute error come from a histogram over the bit patterns of float32: 16 bins an octave
+over its whole range, so a percentile is within 3.2 % of the true one, is the same in every order of adding,
+and an accumulator's memory does not grow with what it has seen.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class Figures:
         cosine: of the two as single vectors; None when either is all zeros.
         relative_l2: norm of the error over the norm of the reference; None for an all-zero reference.
         symmetric_distance: 1 - 2<x,y>/(|x|^2 + |y|^2), which sees scale; None when both are all zeros.
-        max_abs_error: largest |got - ref|, at token `max_abs_token`, position `max_abs_position` within the token.
+        max_abs_error: largest |got - ref|, at token `max_abs_token`, position `max_abs_position` within the
+            token.
         max_abs_got, max_abs_ref: the two values there.
         sqnr_db: reference power over error power in decibels; None without an error or without a reference.
         abs_p50, abs_p99, abs_p999: percentiles of |got - ref|, each within 3.2 %.
         token_relative_l2_mean, token_relative_l2_max: over tokens whose reference is not all zeros.
-        nonfinite: values of got that are NaN or infinite; they are in no other figure, and a gate must fail on them.
+        nonfinite: values of got that are NaN or infinite; they are in no other figure, and a gate must fail
+            on them.
         tokens: rows seen. n: finite values compared.
     """
 
@@ -81,7 +83,9 @@ class Accumulator:
             shape = None if where is None else list(where.shape)
             raise ValueError(f"shapes differ: got {list(got.shape)}, ref {list(ref.shape)}, where {shape}")
         if ref.dim() == 0 or ref.numel() == 0 or (where is not None and not bool(where.any())):
-            raise ValueError(f"nothing to compare in shape {list(ref.shape)}: need [tokens, ...] with a value")
+            raise ValueError(
+                f"nothing to compare in shape {list(ref.shape)}: need [tokens, ...] with a value"
+            )
         got, ref = (x.detach().reshape(len(ref), -1) for x in (got, ref))
         where = None if where is None else where.reshape(len(ref), -1)
         limit = CHUNK_GPU if ref.is_cuda else CHUNK_CPU
@@ -97,8 +101,12 @@ class Accumulator:
         valid = ref.numel() if keep is None else int(keep.sum())
         error = got - ref
         # Sums of float64 squares of anything narrower cannot overflow: not finite means some value was not.
-        sums = torch.stack([torch.linalg.vecdot(a.flatten(), b.flatten()) for a, b in
-                            ((got, got), (ref, ref), (got, ref), (error, error))])  # fmt: skip
+        sums = torch.stack(
+            [
+                torch.linalg.vecdot(a.flatten(), b.flatten())
+                for a, b in ((got, got), (ref, ref), (got, ref), (error, error))
+            ]
+        )
         if not bool(torch.isfinite(sums).all()):
             self._add_finite_rows(got, ref, keep)
             return
@@ -173,14 +181,21 @@ class Accumulator:
             relative_l2=math.sqrt(self.error_sq / self.ref_sq) if self.ref_sq > 0 else None,
             # The same as 1 - 2<x,y>/(|x|^2 + |y|^2), without its cancellation.
             symmetric_distance=_ratio(self.error_sq, self.got_sq + self.ref_sq),
-            max_abs_error=worst[0], max_abs_token=worst[1], max_abs_position=worst[2],
-            max_abs_got=worst[3], max_abs_ref=worst[4],
+            max_abs_error=worst[0],
+            max_abs_token=worst[1],
+            max_abs_position=worst[2],
+            max_abs_got=worst[3],
+            max_abs_ref=worst[4],
             sqnr_db=_decibels(self.ref_sq, self.error_sq),
-            abs_p50=self._percentile(0.5), abs_p99=self._percentile(0.99), abs_p999=self._percentile(0.999),
+            abs_p50=self._percentile(0.5),
+            abs_p99=self._percentile(0.99),
+            abs_p999=self._percentile(0.999),
             token_relative_l2_mean=_ratio(self.row_sum, self.row_count) if measured else None,
             token_relative_l2_max=self.row_max if self.row_count else None,
-            nonfinite=self.nonfinite, tokens=self.tokens, n=self.n,
-        )  # fmt: skip
+            nonfinite=self.nonfinite,
+            tokens=self.tokens,
+            n=self.n,
+        )
 
 
 def compare(got: Tensor, ref: Tensor) -> Figures:
@@ -191,7 +206,8 @@ def compare(got: Tensor, ref: Tensor) -> Figures:
 
 
 def relative_l2(got: Tensor, ref: Tensor) -> float | None:
-    """Norm of the error over the norm of the reference. Dimensionless, in [0, inf]; None for a zero reference.
+    """Norm of the error over the norm of the reference. Dimensionless, in [0, inf]; None for a zero
+    reference.
 
     0 means identical, 1 no better than returning zeros. Unlike cosine it sees a wrong scale.
     """

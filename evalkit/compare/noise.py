@@ -1,8 +1,8 @@
 """The noise floor: what bf16 differs from itself by, on the same tokens.
 
-Three kinds, recorded apart as rungs: `floor:kernel` (another kernel reads the same bf16 rows), `floor:batch` (the
-same tokens in steps of another size) and `floor:noise` (latent and rope times 1 + u, u uniform within 2^-9, half a
-unit in bf16's last place).
+Three kinds, recorded apart as rungs: `floor:kernel` (another kernel reads the same bf16 rows), `floor:batch`
+(the same tokens in steps of another size) and `floor:noise` (latent and rope times 1 + u, u uniform within
+2^-9, half a unit in bf16's last place).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LATENT_DIM: Final = 512
 
 
 def floors(model: Any) -> list[Subject]:
-    """The floors that can be measured for a loaded model where it is; see `kernel_floor` for the one that may not.
+    """The floors that can be measured for a loaded model where it is; see `kernel_floor` for the one that may
+    not.
 
     Only the kernel floor, the one that multiples are taken of, also runs frozen.
     """
@@ -97,8 +98,12 @@ def multiple(total: LayerRecord, floor: LayerRecord | None) -> float | None:
     if floor is None:
         return None
     place = ("layer", "phase", "mode", "probe", "frozen")
-    if any(getattr(total, name) != getattr(floor, name) for name in place) or (total.rung, floor.rung) != ("total", KERNEL):
-        raise ValueError(f"{total.rung} and {floor.rung} of different places do not make a multiple: {total}, {floor}")
+    apart = [name for name in place if getattr(total, name) != getattr(floor, name)]
+    if apart or (total.rung, floor.rung) != ("total", KERNEL):
+        raise ValueError(
+            f"no multiple of {floor.rung} for {total.rung}: a total and {KERNEL} of one place are needed, "
+            f"these are of different places in {apart}: {total}, {floor}"
+        )
     if total.relative_l2 is None or not floor.relative_l2:
         return None
     return total.relative_l2 / floor.relative_l2

@@ -9,15 +9,17 @@ from torch import Tensor
 
 E4M3_MAX: Final = 448.0
 E4M3_SMALLEST_NORMAL: Final = 2.0**-6
-E4M3_ROUNDS_TO_ZERO: Final = 2.0**-10  # half the smallest subnormal, 2^-9; the tie goes to even, which is zero
+# Half the smallest subnormal, 2^-9; the tie goes to even, which is zero.
+E4M3_ROUNDS_TO_ZERO: Final = 2.0**-10
 
 
 @dataclass(frozen=True, kw_only=True)
 class RangeFigures:
     """Shares are of all `n` values, by |x| / scale, and exclude one another.
 
-    saturated: above 448. subnormal: below the smallest normal, 2^-6, and not rounded to zero. zero: not zero, but
-    stored as zero. headroom: 448 * scale / max|x|, below 1 where values saturate; None if every value is zero.
+    saturated: above 448. subnormal: below the smallest normal, 2^-6, and not rounded to zero. zero: not zero,
+    but stored as zero. headroom: 448 * scale / max|x|, below 1 where values saturate; None if every value is
+    zero.
     """
 
     max_abs: float

@@ -18,9 +18,10 @@ GATHER_VALUES: Final = 1 << 24  # float32 values of gathered rows that may live 
 class SelectionFigures:
     """Over tokens. `recall`: share of the reference's keys that the candidate selected as well.
 
-    `margin_p50`: median distance between the last score selected and the first one not, in standard deviations of the
-    token's scores; None where every token selects all it can see. `mass_lost_mean`: the reference's attention on keys
-    that the candidate dropped, mean over heads and tokens; None where it was not measured. `n`: tokens.
+    `margin_p50`: median distance between the last score selected and the first one not, in standard
+    deviations of the token's scores; None where every token selects all it can see. `mass_lost_mean`: the
+    reference's attention on keys that the candidate dropped, mean over heads and tokens; None where it was
+    not measured. `n`: tokens.
     """
 
     recall_mean: float
@@ -47,7 +48,9 @@ def recall(got: Tensor, ref: Tensor) -> Tensor:
 def kept(got: Tensor, ref: Tensor) -> Tensor:
     """Which of the reference's keys the candidate selected too: got [T, K'], ref [T, K] -> bool [T, K]."""
     if got.dim() != 2 or ref.dim() != 2 or len(got) != len(ref) or ref.numel() == 0:
-        raise ValueError(f"selections [T, K] of the same tokens needed: got {list(got.shape)}, ref {list(ref.shape)}")
+        raise ValueError(
+            f"selections [T, K] of the same tokens needed: got {list(got.shape)}, ref {list(ref.shape)}"
+        )
     columns = int(max(got.max() if got.numel() else -1, ref.max())) + 1
     member = torch.zeros(len(ref), columns + 1, dtype=torch.bool, device=ref.device)
     member.scatter_(1, torch.where(got >= 0, got, columns).long(), True)  # pads land in a column nobody reads
@@ -78,9 +81,15 @@ def margin(scores: Tensor, topk: int) -> Tensor:
 
 
 def mass_lost(
-    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, lost: Tensor, lse: Tensor,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    rope: Tensor,
+    selection: Tensor,
+    lost: Tensor,
+    lse: Tensor,
     sm_scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The reference's attention on keys that a candidate dropped: [T] float32, mean over heads, in [0, 1].
 
     Args:

@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergence of next-token distributions, reference from candidate, in nats, token by token."""
+"""Kullback-Leibler divergence of the candidate's next-token distribution from the reference's, in nats."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def kl_nats(got: Tensor, ref: Tensor) -> Tensor:
 
 
 class TokenAccumulator:
-    """Adds logits chunk by chunk; keeps one number a token, and float64 of `CHUNK_VALUES` logits at a time."""
+    """Adds logits chunk by chunk; keeps one number a token, and float64 of `CHUNK_VALUES` logits at once."""
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
@@ -49,7 +49,9 @@ class TokenAccumulator:
             ValueError: shapes differ, or there is no token.
         """
         if got.shape != ref.shape or ref.dim() != 2 or ref.numel() == 0:
-            raise ValueError(f"logits [T, V] of the same tokens needed: got {list(got.shape)}, ref {list(ref.shape)}")
+            raise ValueError(
+                f"logits [T, V] of the same tokens needed: got {list(got.shape)}, ref {list(ref.shape)}"
+            )
         step = max(1, CHUNK_VALUES // ref.shape[1])
         for got_part, ref_part in zip(got.detach().split(step), ref.detach().split(step), strict=True):
             self.values.append(kl_nats(got_part, ref_part).cpu())
@@ -70,6 +72,11 @@ class TokenAccumulator:
             quantiles = values.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
             figures = [float(values.mean()), *quantiles, float(values.max())]
         return TokenFigures(
-            kl_mean_nats=figures[0], kl_p50_nats=figures[1], kl_p90_nats=figures[2], kl_p99_nats=figures[3],
-            kl_max_nats=figures[4], top1_agreement=self.agreed / self.n, n=self.n,
-        )  # fmt: skip
+            kl_mean_nats=figures[0],
+            kl_p50_nats=figures[1],
+            kl_p90_nats=figures[2],
+            kl_p99_nats=figures[3],
+            kl_max_nats=figures[4],
+            top1_agreement=self.agreed / self.n,
+            n=self.n,
+        )

@@ -12,12 +12,30 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GlmMoeDsaCon
 from evalkit.model.load import graft
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "q_lora_rank": 64, "index_n_heads": 4,
-    "index_head_dim": 128, "index_topk": 32, "vocab_size": 128, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32, "intermediate_size": 96,
-    "first_k_dense_replace": 1, "max_position_embeddings": 256, "initializer_range": 0.1,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "q_lora_rank": 64,
+    "index_n_heads": 4,
+    "index_head_dim": 128,
+    "index_topk": 32,
+    "vocab_size": 128,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 96,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
 CLASSES: dict[str, Any] = {
     "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM, {}),
     "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM, {"indexer_types": ["full", "shared", "full"]}),

@@ -1,4 +1,4 @@
-"""The layer stream on tiny random models: bf16 against itself is nothing, fp8 is something, and memory stays flat."""
+"""The layer stream on tiny random models: bf16 against itself is nothing, fp8 something, memory flat."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from evalkit.candidate import Candidate
 from evalkit.compare import layers
 from evalkit.compare.arms import FROZEN, REFERENCE, Subject
-from evalkit.compare.capture import Capture
+from evalkit.compare.capture import ATTENTION_PROBES, Capture
 from evalkit.compare.layers import LayerStream, calibrate, compare, count_passes
 from evalkit.compare.metrics import relative_l2
 from evalkit.errors import InputError
@@ -23,7 +23,7 @@ FP8 = Candidate.parse("fp8_e4m3:one@reference")
 CALIBRATED = Candidate.parse("fp8_e4m3:calibrated@reference")
 DS_MLA = Candidate.parse("fp8_ds_mla@reference")
 INDEX_FP8 = Candidate.parse("bf16@reference+index=fp8")
-EVERYWHERE = {"latent", "rope", "index_scores", "selection", "attention", "values", "output", "routing", "hidden", "logits"}
+EVERYWHERE = ATTENTION_PROBES | {"hidden", "logits"}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,9 @@ def test_bf16_against_itself_is_exactly_zero_everywhere(found: list[Record]):
 def test_every_layer_phase_and_mode_has_its_record(found: list[Record], documents: list[torch.Tensor]):
     places = {(r.layer, r.phase, r.mode, r.frozen) for r in of(found, FP8) if r.probe == "attention"}
     ways = {("isolated", "none"), ("propagated", "none"), ("propagated", FROZEN)}
-    assert places == {(layer, phase, *way) for layer in range(3) for phase in ("prefill", "decode") for way in ways}
+    assert places == {
+        (layer, phase, *way) for layer in range(3) for phase in ("prefill", "decode") for way in ways
+    }
     sizes = {r.phase: r.n for r in of(found, FP8) if r.probe == "latent"}
     assert sizes == {"prefill": (96 + 80 - 12) * 512, "decode": 12 * 512}
 
@@ -93,7 +95,9 @@ def test_fp8_index_keys_change_the_selection_and_not_the_rows(found: list[Record
 
 def test_the_rungs_of_an_isolated_layer_add_up_on_the_reference_backend(found: list[Record]):
     """There the kernel is exact attention: no kernel gap, and the format gap is the total."""
-    by_place = {(r.layer, r.phase): r for r in of(found, FP8) if r.probe == "attention" and r.mode == "isolated"}
+    by_place = {
+        (r.layer, r.phase): r for r in of(found, FP8) if r.probe == "attention" and r.mode == "isolated"
+    }
     for record in of(found, FP8, "kernel"):
         assert record.max_abs_error == 0.0
     for record in of(found, FP8, "format"):
@@ -101,14 +105,19 @@ def test_the_rungs_of_an_isolated_layer_add_up_on_the_reference_backend(found: l
 
 
 def test_frozen_runs_select_and_route_as_the_reference(found: list[Record]):
-    frozen = [r for r in only(found, LayerRecord) if r.frozen == FROZEN and r.probe in ("selection", "routing")]
+    frozen = [
+        r for r in only(found, LayerRecord) if r.frozen == FROZEN and r.probe in ("selection", "routing")
+    ]
     assert frozen
     assert all(r.max_abs_error == 0.0 for r in frozen)
 
 
 def test_the_last_layer_diverges_more_than_the_first(found: list[Record]):
-    hidden = {r.layer: r.relative_l2 or 0.0 for r in of(found, FP8)
-              if r.probe == "hidden" and r.mode == "propagated" and r.frozen == "none" and r.phase == "prefill"}  # fmt: skip
+    hidden = {
+        r.layer: r.relative_l2 or 0.0
+        for r in of(found, FP8)
+        if r.probe == "hidden" and r.mode == "propagated" and r.frozen == "none" and r.phase == "prefill"
+    }
     assert hidden[2] > hidden[0] > 0
     tokens = [r for r in only(found, TokenRecord) if r.candidate == str(FP8)]
     assert all(r.kl_mean_nats is not None and r.kl_mean_nats > 0 for r in tokens)
@@ -120,7 +129,9 @@ def test_ranges_are_given_for_formats_that_use_a_scale(found: list[Record]):
     assert len(ranges) == 2 * 3 * 2
     for layer in range(3):
         room = [r.headroom for r in ranges if r.candidate == str(CALIBRATED) and r.layer == layer]
-        assert min(x for x in room if x is not None) == pytest.approx(1.0), "latent and rope share the tightest scale"
+        assert min(x for x in room if x is not None) == pytest.approx(1.0), (
+            "latent and rope share the tightest scale"
+        )
 
 
 def test_every_record_can_be_written(found: list[Record]):

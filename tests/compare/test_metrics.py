@@ -47,7 +47,16 @@ def test_chunks_add_up_to_the_whole():
     for start in range(0, 1000, 37):
         parts.add(got[start : start + 37], ref[start : start + 37])
     summed = parts.result()
-    for name in ("max_abs_token", "max_abs_position", "max_abs_got", "abs_p50", "abs_p99", "abs_p999", "n", "tokens"):
+    for name in (
+        "max_abs_token",
+        "max_abs_position",
+        "max_abs_got",
+        "abs_p50",
+        "abs_p99",
+        "abs_p999",
+        "n",
+        "tokens",
+    ):
         assert getattr(summed, name) == getattr(whole, name), name
     for name in ("cosine", "relative_l2", "symmetric_distance", "sqnr_db", "token_relative_l2_mean"):
         assert getattr(summed, name) == pytest.approx(getattr(whole, name), rel=1e-12), name

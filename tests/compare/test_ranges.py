@@ -9,7 +9,9 @@ from evalkit.compare.ranges import RangeAccumulator
 
 
 def test_shares_at_the_edges_of_e4m3():
-    values = torch.tensor([0.0, 448.0, -449.0, 2.0**-6, -(2.0**-7), 2.0**-9, 2.0**-10, -(2.0**-12), 1.0, 100.0])
+    values = torch.tensor(
+        [0.0, 448.0, -449.0, 2.0**-6, -(2.0**-7), 2.0**-9, 2.0**-10, -(2.0**-12), 1.0, 100.0]
+    )
     ranges = RangeAccumulator(scale=1.0)
     ranges.add(values)
     found = ranges.result()

@@ -32,9 +32,16 @@ def call(format: str, shift: int = 0) -> AttentionCall:
     reference = backends.get("reference")
     out, lse = reference.attend(q_latent, q_rope, cache, rows, indices, 0.05, Scales())
     return AttentionCall(
-        q_latent=q_latent, q_rope=q_rope, cache=cache, format=rows, indices=indices, sm_scale=0.05, scales=Scales(),
-        out=out, lse=lse,
-    )  # fmt: skip
+        q_latent=q_latent,
+        q_rope=q_rope,
+        cache=cache,
+        format=rows,
+        indices=indices,
+        sm_scale=0.05,
+        scales=Scales(),
+        out=out,
+        lse=lse,
+    )
 
 
 def test_on_the_reference_backend_the_format_gap_is_the_total():
@@ -53,7 +60,7 @@ def test_a_kernel_that_is_off_shows_in_the_kernel_gap_alone():
 
 
 def test_a_reader_that_rounds_scales_is_not_blamed_on_the_format():
-    """At scale 1.0 bf16 rounding changes nothing: exact attention read as FlashInfer reads is the kernel's output."""
+    """At scale 1.0 bf16 rounding changes nothing: exact attention read so is the output."""
     found = rungs(call("bf16"), call("fp8_e4m3"), "flashinfer", SAME)
     assert relative_l2(*found.kernel) == 0.0
 
@@ -98,13 +105,33 @@ def test_without_another_kernel_every_backend_says_why(model: Any):
 
 def test_a_multiple_needs_a_floor_above_zero_at_the_same_place():
     numbers = dict.fromkeys(
-        ("cosine", "symmetric_distance", "max_abs_error", "max_abs_token", "max_abs_got", "max_abs_ref", "sqnr_db",
-         "abs_p50", "abs_p99", "abs_p999", "token_relative_l2_mean")
-    )  # fmt: skip
+        (
+            "cosine",
+            "symmetric_distance",
+            "max_abs_error",
+            "max_abs_token",
+            "max_abs_got",
+            "max_abs_ref",
+            "sqnr_db",
+            "abs_p50",
+            "abs_p99",
+            "abs_p999",
+            "token_relative_l2_mean",
+        )
+    )
     total = LayerRecord(
-        candidate="fp8_e4m3:one@flashinfer", layer=1, phase="decode", mode="isolated", probe="attention", rung="total",
-        relative_l2=0.03, nonfinite=0, frozen="none", n=10, **numbers,
-    )  # fmt: skip
+        candidate="fp8_e4m3:one@flashinfer",
+        layer=1,
+        phase="decode",
+        mode="isolated",
+        probe="attention",
+        rung="total",
+        relative_l2=0.03,
+        nonfinite=0,
+        frozen="none",
+        n=10,
+        **numbers,
+    )
     floor = replace(total, candidate="bf16@flashinfer", rung=KERNEL, relative_l2=0.002)
     assert multiple(total, floor) == pytest.approx(15)
     assert multiple(total, None) is None

@@ -27,7 +27,9 @@ def test_recall_of_nothing_raises():
 def test_the_margin_is_in_standard_deviations_of_the_tokens_scores():
     """Scores 4, 2, 1, 1: mean 2, variance (4 + 0 + 1 + 1) / 4; between second and third lies 1."""
     scores = torch.tensor([[4.0, 1.0, 2.0, 1.0], [5.0, 3.0, -torch.inf, -torch.inf]])
-    assert margin(scores, 2).tolist() == pytest.approx([1 / 1.5**0.5]), "the second token sees no more than two keys"
+    assert margin(scores, 2).tolist() == pytest.approx([1 / 1.5**0.5]), (
+        "the second token sees no more than two keys"
+    )
 
 
 def test_lost_mass_is_the_softmax_weight_of_the_dropped_keys():
