@@ -370,10 +370,10 @@ def _training_puzzle(task: str, rng: Random, names: Iterator[str], free: int, ro
         return _lookups(task, rng, _sibling_keys(rng, names, keys), 6)
     if task == "variables":
         hops = rng.randrange(1, 7)
-        while hops > 1 and 2 * (8 + 5 * hops) > room:
+        while hops > 1 and 19 + 9 * hops > room:
             hops -= 1
         each = 8 + 5 * hops
-        chains = _log_uniform(rng, 1, max(1, min(40, free // (hops + 1), (room - each) // each)))
+        chains = _log_uniform(rng, 1, max(1, min(40, free // (hops + 1), (room - 11 - 4 * hops) // each)))
         return _variables(rng, names, chains, hops)
     if task == "walk":
         steps = _log_uniform(rng, 2, min(40, free, (room - 6) // (WALK_FACT_TOKENS + 9)))
@@ -385,7 +385,7 @@ def _training_puzzle(task: str, rng: Random, names: Iterator[str], free: int, ro
         each = steps * REGISTER_FACT_TOKENS
         chains = _log_uniform(rng, 1, max(1, min(6, free // steps, (room - 6 - 10 * steps) // each)))
         return _register_chains(rng, names, chains, steps, rng.randrange(2, len(REGISTERS) + 1))
-    length = _log_uniform(rng, 6, min(60, (room - 6) // 2))
+    length = _log_uniform(rng, 6, min(60, (room - 7) // 2))
     count = _log_uniform(rng, 1, max(1, min(10, (room - length - 6) // (length + 2))))
     return _notes(rng, count, length)
 

@@ -306,7 +306,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)
         routed: Tensor = self.experts(flat, self.gate(flat))
-        return routed.view_as(x) + self.shared_experts(x)
+        shared: Tensor = self.shared_experts(x)
+        return routed.view_as(x) + shared
 
 
 class Layer(nn.Module):

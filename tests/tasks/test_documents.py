@@ -128,12 +128,12 @@ def test_siblings_share_all_but_one_word():
 
 def test_training_documents_answer_their_questions_and_fit(tokenizer):
     rng = Random(6)
-    for length in (254, 1022, 2430):
-        for _ in range(40):
+    for length, count in ((94, 400), (254, 200), (1022, 20), (2430, 10)):
+        for _ in range(count):
             document = documents.training_document(rng, length)
             assert 1 <= len(document.exchanges) <= 21
             tokens = len(tokenizer.encode(document.text, add_special_tokens=False).ids)
-            assert 0.95 * length <= tokens <= length
+            assert 0.9 * length <= tokens <= length
             for exchange in document.exchanges:
                 assert solve(document.context + documents.QUESTION + exchange.question) == exchange.answer
 

@@ -22,7 +22,7 @@ def test_scored_positions_spell_the_answers():
         assert text.endswith(".")
         assert (np.diff(batch.scored[here]) == 1).all()
         before = batch.tokens.reshape(-1)[: batch.scored[here][0] + 1]
-        assert "\nAnswer:" in TOKENIZER.decode(before[-9:].tolist())
+        assert "\nAnswer:" in TOKENIZER.decode(before[-10:].tolist())
 
 
 def test_weights_of_a_task_sum_to_its_coefficient():
