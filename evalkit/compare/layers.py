@@ -303,8 +303,8 @@ def _check(
     for number, ids in enumerate(documents):
         if ids.dim() != 1 or not decode_tokens < len(ids) <= limit:
             raise InputError(
-                f"document {number} has shape {list(ids.shape)}: [T] is needed, {decode_tokens} (decode_tokens) "
-                f"< T <= {limit} (the model's max_position_embeddings)"
+                f"document {number} has shape {list(ids.shape)}: [T] is needed, "
+                f"{decode_tokens} (decode_tokens) < T <= {limit} (the model's max_position_embeddings)"
             )
 
 
