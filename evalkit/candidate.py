@@ -41,7 +41,9 @@ class Candidate:
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise InputError(f"candidate {text!r} is not format[:scales][@backend][+key=value], e.g. {EXAMPLE}")
+            raise InputError(
+                f"candidate {text!r} is not format[:scales][@backend][+key=value], e.g. {EXAMPLE}"
+            )
         scales = match["scales"] or "one"
         if scales not in SCALES:
             raise InputError(f"candidate {text!r}: scales {scales!r} is not one of {', '.join(SCALES)}")

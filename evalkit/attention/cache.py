@@ -104,7 +104,9 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise TypeError("a PagedCache layer is written by the sparse MLA path only")
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         raise TypeError("a PagedCache is read by the sparse MLA path only: load the model with evalkit.load")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -31,26 +31,29 @@ def quantize_ue8m0(x: Tensor) -> Quantized:
 
 
 def index_scores(query: Tensor, keys: Tensor, weights: Tensor, key_scale: Tensor | None = None) -> Tensor:
-    """Scores of every cached token for every query, before any mask.
+    """Scores of every cached token for the last T tokens of each sequence, the tokens after a query left out.
 
     Args:
         query: [B, T, I, 128].
-        keys: [B, S, 128].
+        keys: [B, S, 128], S >= T; query t stands at column S - T + t.
         weights: [B, T, I], head weights times every constant scale.
         key_scale: [B, S], where keys are stored as scaled codes.
 
     Returns:
-        [B, T, S] float32.
+        [B, T, S] float32, -inf at columns after the query's own.
     """
     batch, length, heads, width = query.shape
     cached = keys.shape[1]
     transposed = keys.float().transpose(1, 2)  # [B, 128, S]
     step = max(1, SCORES_PER_CHUNK[query.device.type] // max(1, batch * heads * cached))
-    chunks = []
+    scores = query.new_full((batch, length, cached), -torch.inf, dtype=torch.float32)
     for start in range(0, length, step):
-        part = slice(start, start + step)
-        dots = query[:, part].float().reshape(batch, -1, width) @ transposed  # [B, t * I, S]
-        dots = dots.relu_().view(batch, -1, heads, cached)
-        chunks.append((weights[:, part, None].float() @ dots).squeeze(2))
-    scores = torch.cat(chunks, 1)
-    return scores if key_scale is None else scores * key_scale[:, None]
+        part = slice(start, min(start + step, length))
+        seen = cached - length + part.stop  # no query of this chunk looks further
+        dots = query[:, part].float().reshape(batch, -1, width) @ transposed[..., :seen]  # [B, t * I, seen]
+        dots = dots.relu_().view(batch, -1, heads, seen)
+        scores[:, part, :seen] = (weights[:, part, None].float() @ dots).squeeze(2)
+    if key_scale is not None:
+        scores *= key_scale[:, None]
+    columns = torch.arange(cached, device=scores.device)
+    return scores.masked_fill_(columns > columns[cached - length :, None], -torch.inf)

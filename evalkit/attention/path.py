@@ -234,22 +234,15 @@ class SparseMLA(nn.Module):
             columns = state.selections[start]
         else:
             scores = self._index(indexer, hidden, q_resid, position_embeddings, state, slots)
-            scores = scores.masked_fill(~self._visible(state, start, length, scores.device), -torch.inf)
+            if state.valid is not None:  # padding neither attends nor is attended
+                valid = state.valid[:, : start + length]
+                scores = scores.masked_fill(~(valid[:, None, :] & valid[:, start:, None]), -torch.inf)
             state.emit("index_scores", self.layer_idx, scores)
             columns = top_k(scores.flatten(0, 1), self.config.index_topk).view(*scores.shape[:2], -1)
             state.keep_selection(self.layer_idx, start, columns)
         if state.forced_selection is not None and self.layer_idx in state.forced_selection:
             columns = state.forced_selection[self.layer_idx][:, start : start + length]
         return columns
-
-    def _visible(self, state: PathState, start: int, length: int, device: torch.device) -> Tensor:
-        """[B or 1, T, S] bool: the columns that each of the step's queries may attend."""
-        columns = torch.arange(start + length, device=device)
-        causal = columns <= columns[start:, None]  # [T, S]
-        if state.valid is None:
-            return causal[None]
-        valid = state.valid[:, : start + length]
-        return causal & valid[:, None, :] & valid[:, start:, None]
 
     def _index(
         self,
@@ -260,7 +253,7 @@ class SparseMLA(nn.Module):
         state: PathState,
         slots: Tensor,
     ) -> Tensor:
-        """Index scores [B, T, S] float32; the keys of this step are appended to the layer's."""
+        """Index scores [B, T, S] float32, -inf after the query; this step's keys are appended to the layer's."""
         rows = state.layers[self.layer_idx]
         rotate = rotate_interleaved if self.is_glm else rotate_halves
         cos, sin = position_embeddings

@@ -64,7 +64,9 @@ class Graft:
         resolved = candidate.on(name, kv.resolve(candidate.format, name))
         backends.refuse_unavailable(name, resolved.format, *shape)
         if name != "reference" and self.model.dtype != torch.bfloat16:
-            raise InputError(f"{resolved}: the kernel takes bfloat16 queries, the model runs in {self.model.dtype}")
+            raise InputError(
+                f"{resolved}: the kernel takes bfloat16 queries, the model runs in {self.model.dtype}"
+            )
         return resolved
 
     def new_cache(
@@ -79,7 +81,9 @@ class Graft:
         resolved = self.candidate if candidate is None else self.resolve(candidate)
         given = scales if scales is not None else (self.scales if own else {})
         if resolved.scales == "one" and given:
-            raise InputError(f"{resolved} uses scale 1.0 and was given scales: name it {resolved.format}:calibrated")
+            raise InputError(
+                f"{resolved} uses scale 1.0 and was given scales: name it {resolved.format}:calibrated"
+            )
         if resolved.scales != "one":
             missing = [layer for layer in range(len(self.layers)) if layer not in given]
             if missing:
@@ -94,7 +98,14 @@ class Graft:
 
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give the base model a PagedCache and its padding; transformers' own mask is not needed."""
-        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+        names = (
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "past_key_values",
+            "inputs_embeds",
+            "use_cache",
+        )
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         if cache is None:

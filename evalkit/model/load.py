@@ -31,7 +31,9 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
     directory = embedded if embedded.is_dir() else Path(checkpoint)
     if not directory.is_dir():
         known = ", ".join(sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir()))
-        raise InputError(f"no checkpoint at {checkpoint}: give a directory with config.json, or one of: {known}")
+        raise InputError(
+            f"no checkpoint at {checkpoint}: give a directory with config.json, or one of: {known}"
+        )
     config = _read_json(directory / "config.json")
     if config.get("model_type") not in ARCHITECTURES:
         raise InputError(
@@ -40,7 +42,9 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
         )
     for name, wanted in (("kv_lora_rank", 512), ("qk_rope_head_dim", 64)):
         if config.get(name, wanted) != wanted:
-            raise InputError(f"{directory}/config.json has {name} {config[name]}; the row formats hold {wanted}")
+            raise InputError(
+                f"{directory}/config.json has {name} {config[name]}; the row formats hold {wanted}"
+            )
     for file in weight_files(directory):
         _check_weights(file)
     return directory
@@ -99,7 +103,9 @@ def load(
     compute = dtype if dtype is not None else torch.bfloat16 if place.type == "cuda" else torch.float32
     rounding = torch.bfloat16 if dtype is None and place.type == "cpu" else None
     if wanted.scales == "calibrated" and scales is None:
-        raise InputError(f"{candidate}: calibrated scales are not stored anywhere; pass scales={{layer: Scales}}")
+        raise InputError(
+            f"{candidate}: calibrated scales are not stored anywhere; pass scales={{layer: Scales}}"
+        )
     if wanted.scales == "checkpoint":
         scales = kv.from_checkpoint(directory)
 

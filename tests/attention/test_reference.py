@@ -15,7 +15,9 @@ SM_SCALE = 192**-0.5
 COUNTS = (0, 1, 70, 256)
 
 
-def problem(heads: int = 8, slots: int = 512, selected: int = 256) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def problem(
+    heads: int = 8, slots: int = 512, selected: int = 256
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(3)
     q_latent = torch.randn(len(COUNTS) * 3, heads, 512, generator=draw)
     q_rope = torch.randn(len(COUNTS) * 3, heads, 64, generator=draw)
@@ -29,7 +31,9 @@ def problem(heads: int = 8, slots: int = 512, selected: int = 256) -> tuple[Tens
     return q_latent, q_rope, latent, rope, indices
 
 
-def loop(q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def loop(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attention one query at a time, in float64."""
     out = torch.zeros(q_latent.shape, dtype=torch.float64)
     lse = torch.full(q_latent.shape[:2], -torch.inf, dtype=torch.float64)

@@ -40,7 +40,9 @@ class Reference:
         return lambda _module, _args, found: self.selection.__setitem__(layer, found.long())
 
     def _keep_routing(self, layer: int, batch: int) -> Any:
-        return lambda _module, _args, found: self.routing.__setitem__(layer, found[2].unflatten(0, (batch, -1)))
+        return lambda _module, _args, found: self.routing.__setitem__(
+            layer, found[2].unflatten(0, (batch, -1))
+        )
 
 
 def _visible_only(columns: Tensor, valid: Tensor) -> Tensor:

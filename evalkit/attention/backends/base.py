@@ -47,7 +47,9 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def unavailable_because(self, format: RowFormat, device: torch.device, heads: int, topk: int) -> str | None:
+    def unavailable_because(
+        self, format: RowFormat, device: torch.device, heads: int, topk: int
+    ) -> str | None:
         """Why this backend cannot read `format` here, in one line, or None where it can."""
 
     def read_scale(self, scale: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ class FlashInfer(Backend):
     def __init__(self) -> None:
         self._wrappers: dict[tuple[torch.device, torch.dtype], Any] = {}
 
-    def unavailable_because(self, format: RowFormat, device: torch.device, heads: int, topk: int) -> str | None:
+    def unavailable_because(
+        self, format: RowFormat, device: torch.device, heads: int, topk: int
+    ) -> str | None:
         if format.name not in _READS:
             return f"FlashInfer's SM90 kernel reads {', '.join(_READS)}, not {format.name}"
         if device.type != "cuda":

@@ -28,7 +28,9 @@ class FlashMLA(Backend):
     name = "flashmla"
     kernel = "FlashMLA sparse_decode_fwd (fp8_ds_mla), sparse_prefill_fwd (bf16)"
 
-    def unavailable_because(self, format: RowFormat, device: torch.device, heads: int, topk: int) -> str | None:
+    def unavailable_because(
+        self, format: RowFormat, device: torch.device, heads: int, topk: int
+    ) -> str | None:
         if format.name not in (*DS_MLA, "bf16"):
             return f"FlashMLA's SM90 kernels read bf16 and {', '.join(DS_MLA)}, not {format.name}"
         if heads > 128:

@@ -24,7 +24,9 @@ class Reference(Backend):
     name = "reference"
     kernel = "torch float32 scores, softmax and sums"
 
-    def unavailable_because(self, format: RowFormat, device: torch.device, heads: int, topk: int) -> str | None:
+    def unavailable_because(
+        self, format: RowFormat, device: torch.device, heads: int, topk: int
+    ) -> str | None:
         return None
 
     def attend(

@@ -1,0 +1,312 @@
+"""The main line: checkpoint, candidates, layers, tasks, report. Read top to bottom.
+
+Everything that can be refused is refused in `prepare`, before a run directory exists. What follows is a stage of the
+run each: a stage's records count whole or not at all, so a run that was killed goes on with the stage it had reached.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from evalkit import environment, kv
+from evalkit.attention import backends
+from evalkit.candidate import Candidate
+from evalkit.compare.layers import calibrate, compare, count_passes
+from evalkit.config import RunConfig
+from evalkit.errors import InputError
+from evalkit.evaluate.documents import generated_text
+from evalkit.evaluate.lm import EvalkitLM
+from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
+from evalkit.kv import Scales
+from evalkit.model.load import load, resolve_checkpoint
+from evalkit.model.proof import bytes_per_token
+from evalkit.records import CandidateRecord, RunDirectory, SampleRecord, TaskRecord, read_samples
+from evalkit.report import html, markdown, terminal
+from evalkit.stats import paired
+
+DEFAULT_CANDIDATES = ("bf16", "fp8_e4m3:one", "fp8_e4m3:calibrated", "fp8_ds_mla")
+CALIBRATION_DOCUMENTS = 2
+
+
+def run(config: RunConfig, resume: Path | None = None) -> Path:
+    """Compare layers, score tasks, write the report; returns the run directory."""
+    return _follow(config, resume, layers=True, tasks=True)
+
+
+def layers(config: RunConfig) -> Path:
+    """Compare layers only."""
+    return _follow(config, None, layers=True, tasks=False)
+
+
+def tasks(config: RunConfig) -> Path:
+    """Score tasks only."""
+    return _follow(config, None, layers=False, tasks=True)
+
+
+def _follow(config: RunConfig, resume: Path | None, *, layers: bool, tasks: bool) -> Path:
+    prepared = prepare(config, tasks=tasks)
+    directory = RunDirectory(resume) if resume is not None else _create(config)
+    describe(directory, prepared)
+    if layers:
+        compare_layers(directory, prepared)
+    if tasks:
+        score_tasks(directory, prepared)
+    html.write(directory.path)
+    markdown.write(directory.path)
+    terminal.show(directory.path)
+    return directory.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run works on, checked: the loaded model, resolved candidates with their scales, and the prompts.
+
+    requested: each candidate as it was asked for, in the order of `candidates`; the first is the bf16 baseline.
+    documents: token ids [T] for the layer comparison.
+    """
+
+    config: RunConfig
+    checkpoint: Path
+    model: Any
+    lm: EvalkitLM
+    requested: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+    scales: Mapping[Candidate, Mapping[int, Scales]]
+    documents: Sequence[Tensor]
+
+
+def prepare(config: RunConfig, *, tasks: bool = True) -> Prepared:
+    """Load and check everything that a run needs.
+
+    Raises:
+        InputError: a checkpoint, candidate, prompt or task is not usable; nothing has been written.
+    """
+    checkpoint = resolve_checkpoint(config.checkpoint)
+    requested = _requested(config)
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    environment.exact_numerics()
+    model = load(checkpoint, "bf16@reference", device=config.device, dtype=dtype)
+    candidates = tuple(model.evalkit.resolve(text) for text in requested)
+    for place, candidate in enumerate(candidates):
+        if candidate in candidates[:place]:
+            raise InputError(f"candidates name {candidate} twice: {requested[place]!r} is the same again")
+    lm = EvalkitLM(model, candidate=candidates[0], batch_size=config.batch_size)
+    documents = _documents(config, lm)
+    if tasks and config.tasks:
+        refuse_long_prompts(
+            lm, load_tasks(config.tasks, config.task_documents, config.seed), config.task_documents
+        )
+    scales = {candidate: _scales(candidate, checkpoint, model, lm, config) for candidate in candidates}
+    return Prepared(
+        config=config,
+        checkpoint=checkpoint,
+        model=model,
+        lm=lm,
+        requested=requested,
+        candidates=candidates,
+        scales=scales,
+        documents=documents,
+    )
+
+
+def describe(directory: RunDirectory, prepared: Prepared) -> None:
+    """Record the environment, and each candidate with the bytes that its rows were seen to take."""
+    if directory.done("environment"):
+        return
+    model = prepared.model
+    dtype = str(model.dtype).removeprefix("torch.")
+    if model.evalkit.rounding is not None:
+        dtype += ", query, rows and attention output rounded to bfloat16"
+    with directory.stage("environment") as write:
+        write.write(environment.collect(prepared.checkpoint, str(model.device), dtype, directory.command))
+        for requested, candidate in zip(prepared.requested, prepared.candidates, strict=True):
+            scales = prepared.scales[candidate]
+            backend = backends.get(candidate.backend)
+            write.write(
+                CandidateRecord(
+                    candidate=str(candidate),
+                    format=candidate.format,
+                    scales=candidate.scales,
+                    backend=candidate.backend,
+                    kernel=backend.kernel,
+                    index=candidate.index,
+                    read=candidate.read,
+                    row_bytes_per_token=kv.get(candidate.format).row_bytes,
+                    bytes_per_token_read_back=bytes_per_token(
+                        model, lambda c=candidate, s=scales: model.evalkit.new_cache(c, s)
+                    ),
+                    requested=requested,
+                    note=_note(candidate, scales),
+                )
+            )
+
+
+def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
+    """Every probe of every layer, isolated and propagated, prefill and decode, against bf16@reference."""
+    if directory.done("layers"):
+        return
+    passes = count_passes(prepared.model, len(prepared.documents), len(prepared.candidates))
+    with directory.stage("layers") as write, _progress("layers", passes) as advance:
+        for record in compare(
+            prepared.model,
+            prepared.documents,
+            prepared.candidates,
+            scales=prepared.scales,
+            decode_tokens=prepared.config.layers_decode_tokens,
+            advance=advance,
+        ):
+            write.write(record)
+
+
+def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
+    """The same documents for every candidate, each paired with the baseline's; bf16 again, in other batches, first."""
+    config, baseline = prepared.config, prepared.candidates[0]
+    if not config.tasks:
+        return
+    # Batches of another size are other matrix shapes: what bf16 alone changes is the least that can be seen.
+    size = max(1, config.batch_size // 2)
+    control = f"{baseline}, batches of {size}"
+    arms = [(str(baseline), baseline, config.batch_size, None), (control, baseline, size, str(baseline))]
+    arms += [(str(other), other, config.batch_size, str(baseline)) for other in prepared.candidates[1:]]
+    for name, candidate, batch_size, against in arms:
+        stage = f"tasks {name}"
+        if directory.done(stage):
+            continue
+        lm = EvalkitLM(
+            prepared.model, candidate=candidate, scales=prepared.scales[candidate], batch_size=batch_size
+        )
+        with directory.stage(stage) as write:
+            for scored in run_tasks(lm, config.tasks, config.task_documents, config.seed, candidate=name):
+                for sample in scored.samples:
+                    write.write(sample)
+                before = _samples(directory, against, scored.task)
+                topk = prepared.model.config.index_topk
+                if name == control:
+                    # The baseline's own row: its first pass as the candidate, this one as what it is held against.
+                    for record in _task_records(str(baseline), control, scored.samples, before, scored, topk):
+                        write.write(record)
+                elif against is not None:
+                    for record in _task_records(name, against, before, scored.samples, scored, topk):
+                        write.write(record)
+
+
+def _create(config: RunConfig) -> RunDirectory:
+    return RunDirectory.create(config.out, config.name, config.to_json(), environment.command_line(sys.argv))
+
+
+def _requested(config: RunConfig) -> tuple[str, ...]:
+    """The candidates in words; bf16 leads, since everything is compared with it."""
+    named = DEFAULT_CANDIDATES if config.candidates == "default" else tuple(config.candidates)
+    return named if Candidate.parse(named[0]).format in ("bf16", "auto") else ("bf16", *named)
+
+
+def _documents(config: RunConfig, lm: EvalkitLM) -> list[Tensor]:
+    """Token ids of the prompt and decode tokens to compare layers on."""
+    wanted = config.layers_prompt_tokens + config.layers_decode_tokens
+    longest = lm.max_length
+    if wanted > longest:
+        raise InputError(
+            f"layers_prompt_tokens + layers_decode_tokens is {wanted}, the model holds {longest}: ask for fewer"
+        )
+    if config.layers_prompts is None:
+        return [_generated(lm, wanted, config.seed)]
+    ids = lm.tok_encode(config.layers_prompts.read_text(encoding="utf-8"))[:wanted]
+    if len(ids) < wanted:
+        raise InputError(
+            f"{config.layers_prompts} holds {len(ids)} tokens, the layer comparison takes {wanted}"
+        )
+    return [torch.tensor(ids)]
+
+
+def _generated(lm: EvalkitLM, tokens: int, seed: int) -> Tensor:
+    """The last `tokens` tokens of a generated document, so that they end in its answer."""
+    ids = lm.tok_encode(generated_text("registers", tokens, seed))
+    return torch.tensor(ids[-tokens:])
+
+
+def _scales(
+    candidate: Candidate, checkpoint: Path, model: Any, lm: EvalkitLM, config: RunConfig
+) -> Mapping[int, Scales]:
+    if candidate.scales == "checkpoint":
+        return kv.from_checkpoint(checkpoint)
+    if candidate.scales == "calibrated":
+        length = min(config.layers_prompt_tokens, lm.max_length)
+        # Other documents than those compared: a scale fitted to the test would flatter the format.
+        seeds = range(config.seed + 1, config.seed + 1 + CALIBRATION_DOCUMENTS)
+        return calibrate(model, [_generated(lm, length, seed) for seed in seeds])
+    return {}
+
+
+def _note(candidate: Candidate, scales: Mapping[int, Scales]) -> str:
+    if not scales:
+        return "scale 1.0" if kv.get(candidate.format).uses_scales else ""
+    values = [one.latent for one in scales.values()]
+    return f"scales {min(values):.3g} to {max(values):.3g} over {len(values)} layers"
+
+
+def _samples(directory: RunDirectory, candidate: str | None, task: str) -> list[SampleRecord]:
+    return [s for s in read_samples(directory.path) if s.candidate == candidate and s.task == task]
+
+
+def _task_records(
+    candidate: str,
+    baseline: str,
+    before: Sequence[SampleRecord],
+    after: Sequence[SampleRecord],
+    scored: TaskRun,
+    topk: int,
+) -> Iterator[TaskRecord]:
+    for found in paired.compare(before, after):
+        score, loss = found.score_interval, found.loss_interval
+        yield TaskRecord(
+            candidate=candidate,
+            baseline=baseline,
+            task=found.endpoint.task,
+            metric=found.endpoint.metric,
+            filter=found.endpoint.filter,
+            n=found.n,
+            score=found.score,
+            score_lower=None if score is None else score.lower,
+            score_upper=None if score is None else score.upper,
+            baseline_score=found.baseline_score,
+            loss=found.loss,
+            loss_lower=None if loss is None else loss.lower,
+            loss_upper=None if loss is None else loss.upper,
+            interval_method=found.interval_method,
+            lost=found.lost,
+            gained=found.gained,
+            mcnemar_p=found.mcnemar_p,
+            wall_s=scored.wall_s,
+            mean_context_tokens=scored.mean_context_tokens,
+            share_over_topk=scored.share_over(topk),
+        )
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
