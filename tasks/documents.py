@@ -2,7 +2,7 @@
 
 Everything comes from an explicit seed and the words below; nothing is downloaded. A prompt reads
 
-    Facts: The code of river is 4729. A lamp can see a goat by the road. ...
+    Facts: The code of river is 47. A lamp can see a goat. ...
     Answer: The code of river is
 
 and its target starts with a space and ends with a full stop, the only one in it, so that `until: ["."]` ends a
@@ -10,8 +10,8 @@ generation. A question repeats its fact's beginning verbatim. Traces (variables,
 or the node `end` closes them, so that nothing has to be counted.
 
 Lengths are in tokens of the checkpoint's tokenizer, which splits text as `PIECE` does and has every word used here
-as one entry: a token is a word with its leading space, one digit with its leading space if it has one, or one run
-of punctuation. `count_tokens` is that rule.
+as one entry: a token is a word with its leading space, one or two digits with theirs if they have one, or one run
+of punctuation. Values are two digits, so that a value is one token. `count_tokens` is that rule.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 
-PIECE = re.compile(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s")
+PIECE = re.compile(r" ?[A-Za-z]+| ?[0-9]{1,2}| ?[^\sA-Za-z0-9]+|\s")
 
 WORDS = tuple(
     re.findall(
@@ -121,18 +121,20 @@ class _Puzzle:
 # --- Facts ------------------------------------------------------------------------------------------------------
 
 
-def _digits(rng: Random, count: int) -> str:
-    return f"{rng.randrange(10**count):0{count}d}"
+def _value(rng: Random, tokens: int = 1) -> str:
+    return " ".join(f"{rng.randrange(100):02d}" for _ in range(tokens))
 
 
-def _lookups(task: str, rng: Random, keys: list[str], digits: int) -> _Puzzle:
+def _lookups(task: str, rng: Random, keys: list[str]) -> _Puzzle:
+    # A lone value could be found without its key, by being the only number: it is longer.
+    value_tokens = 3 if len(keys) == 1 else 1
     facts, exchanges = [], []
     for key in keys:
-        question, answer = f" The code of {key} is", f" {_digits(rng, digits)}."
+        question, answer = f" The code of {key} is", f" {_value(rng, value_tokens)}."
         facts.append(question + answer)
         exchanges.append(Exchange(task=task, question=question, answer=answer))
     # "The code of", "is" and the full stop are 5 tokens.
-    tokens = sum(5 + 1 + key.count(" ") + digits for key in keys)
+    tokens = sum(5 + 1 + key.count(" ") + value_tokens for key in keys)
     return _Puzzle(facts=facts, tokens=tokens, exchanges=exchanges)
 
 
@@ -152,7 +154,7 @@ def _variables(rng: Random, names: Iterator[str], chains: int, hops: int) -> _Pu
     facts, exchanges = [], []
     for _ in range(chains):
         name = next(names)
-        lines = [f" Let {name} be {_digits(rng, 4)}"]
+        lines = [f" Let {name} be {_value(rng)}"]
         for _ in range(hops):
             name, source = next(names), name
             lines.append(f" Let {name} be {source}")
@@ -160,16 +162,16 @@ def _variables(rng: Random, names: Iterator[str], chains: int, hops: int) -> _Pu
         trace = "".join(reversed(lines)) + "."
         question = f" Let {name} be"
         exchanges.append(Exchange(task="variables", question=question, answer=trace[len(question) :]))
-    return _Puzzle(facts=facts, tokens=chains * (8 + 5 * hops), exchanges=exchanges)
+    return _Puzzle(facts=facts, tokens=chains * (5 + 5 * hops), exchanges=exchanges)
 
 
-def _chain(task: str, nodes: list[str], steps: list[str], values: list[int]) -> tuple[list[str], Exchange]:
+def _chain(task: str, nodes: list[str], steps: list[str], values: list[str]) -> tuple[list[str], Exchange]:
     """Facts and full trace of a chain: step i leads from node i to node i + 1, the last one to `end`."""
     lines = [
         f" At {node} {step} then {after}"
         for node, step, after in zip(nodes, steps, [*nodes[1:], "end"], strict=True)
     ]
-    trace = "".join(f"{line} makes {value:02d}" for line, value in zip(lines, values, strict=True)) + "."
+    trace = "".join(f"{line} makes {value}" for line, value in zip(lines, values, strict=True)) + "."
     question = f" At {nodes[0]}"
     return [line + "." for line in lines], Exchange(
         task=task, question=question, answer=trace[len(question) :]
@@ -184,7 +186,7 @@ def _walks(rng: Random, names: Iterator[str], chains: int, steps: int) -> _Puzzl
             addition = rng.randrange(1, 10)
             total = (total + addition) % 100
             additions.append(f"add {addition}")
-            values.append(total)
+            values.append(f"{total:02d}")
         lines, exchange = _chain("walk", [next(names) for _ in range(steps)], additions, values)
         facts += lines
         exchanges.append(exchange)
@@ -212,7 +214,7 @@ def _register_chains(rng: Random, names: Iterator[str], chains: int, steps: int,
             else:
                 state[name] = (state[name] + digit) % 100
                 operations.append(f"{name} add {digit}")
-            values.append(state[name])
+            values.append(f"{name} {state[name]:02d}")
         lines, exchange = _chain("registers", [next(names) for _ in range(steps)], operations, values)
         facts += lines
         exchanges.append(exchange)
@@ -268,11 +270,11 @@ def _needle(rng: Random, room: int) -> _Puzzle:
 def _multi_key(rng: Random, _room: int, keys: int = 120) -> _Puzzle:
     names = _names(rng)
     task = "needle" if keys == 1 else "multi_key"
-    return _lookups(task, rng, [next(names) for _ in range(keys)], 4)
+    return _lookups(task, rng, [next(names) for _ in range(keys)])
 
 
 def _siblings(rng: Random, _room: int, keys: int = 100) -> _Puzzle:
-    return _lookups("siblings", rng, _sibling_keys(rng, _names(rng), keys), 6)
+    return _lookups("siblings", rng, _sibling_keys(rng, _names(rng), keys))
 
 
 def _variable_tracking(rng: Random, _room: int, chains: int = 16, hops: int = 4) -> _Puzzle:
@@ -363,11 +365,11 @@ def _log_uniform(rng: Random, low: int, high: int) -> int:
 def _training_puzzle(task: str, rng: Random, names: Iterator[str], free: int, room: int) -> _Puzzle:
     """A puzzle of random size whose facts and one full answer fit into `room` tokens, with at most `free` names."""
     if task == "multi_key":
-        keys = _log_uniform(rng, 1, min(160, free, (room - 13) // 10))
-        return _lookups("needle" if keys == 1 else task, rng, [next(names) for _ in range(keys)], 4)
+        keys = _log_uniform(rng, 1, min(160, free, (room - 13) // 7))
+        return _lookups("needle" if keys == 1 else task, rng, [next(names) for _ in range(keys)])
     if task == "siblings":
-        keys = _log_uniform(rng, 2, min(140, (room - 20) // 14))
-        return _lookups(task, rng, _sibling_keys(rng, names, keys), 6)
+        keys = _log_uniform(rng, 2, min(140, (room - 20) // 9))
+        return _lookups(task, rng, _sibling_keys(rng, names, keys))
     if task == "variables":
         hops = rng.randrange(1, 7)
         while hops > 1 and 19 + 9 * hops > room:

@@ -1,7 +1,7 @@
 """The byte-level BPE tokenizer of dsa-nano: 1,024 entries, every word of the task documents one of them.
 
 Trained on words and templates of `tasks/documents.py` alone, so that it is the same wherever it is made.
-Digits are never merged with each other; any UTF-8 text is covered by the 256 byte entries.
+Two digits are one entry, the value of a document; any UTF-8 text is covered by the 256 byte entries.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tasks import documents
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 VOCAB_SIZE = 1024
-PIECE = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+PIECE = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s"
 TEMPLATE_WORDS = tuple(
     sorted({word for text in documents.TEMPLATES for word in re.findall("[A-Za-z]+", text.replace("%s", ""))})
 )
@@ -25,7 +25,7 @@ TEMPLATE_WORDS = tuple(
 def _corpus() -> list[str]:
     """Words weighted so that those of the documents become single entries before the rest fills the vocabulary."""
     words = [f" {word}" for word in (*TEMPLATE_WORDS, *documents.REGISTERS)]
-    digits = [f" {digit}." for digit in range(10)]
+    digits = [f" {digit}." for digit in range(10)] + [f" {value:02d}." for value in range(100)]
     frame = [documents.HEADER, documents.QUESTION]
     return (
         50 * (words + digits + frame) + 8 * [f" {word}" for word in documents.WORDS] + list(documents.WORDS)
