@@ -212,7 +212,7 @@ class SparseMLA(nn.Module):
         scales = state.scales.get(self.layer_idx, Scales())
         state.format.store(rows.rows, slots, latent.flatten(0, 1), rope.flatten(0, 1), scales)
         if state.wants("latent") or state.wants("rope"):
-            read = state.format.load(rows.rows, slots.clamp(min=0), scales, state.backend.read_scale)
+            read = state.backend.read(state.format, rows.rows, slots.clamp(min=0), scales)
             for probe, value in zip(("latent", "rope"), read, strict=True):
                 state.emit(probe, self.layer_idx, value.unflatten(0, latent.shape[:2]))
 

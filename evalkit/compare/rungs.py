@@ -54,7 +54,7 @@ def rungs(ref: AttentionCall, got: AttentionCall, backend: str, rounded: Callabl
 
 
 def exact(call: AttentionCall, indices: Tensor, reader: str = "reference") -> Tensor:
-    """Exact attention [T, H, C] of a call's queries over its own rows, scales rounded as `reader` does."""
+    """Exact attention [T, H, C] of a call's queries over its own rows, read as `reader` reads them."""
     reference = backends.get("reference")
     assert isinstance(reference, Reference)  # for the reader's rounding, which other backends do not take
     out, _ = reference.attend(
@@ -65,6 +65,6 @@ def exact(call: AttentionCall, indices: Tensor, reader: str = "reference") -> Te
         indices,
         call.sm_scale,
         call.scales,
-        read_scale=backends.get(reader).read_scale,
+        reader=backends.get(reader),
     )
     return out

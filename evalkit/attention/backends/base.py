@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from evalkit.kv import RowFormat, Scales
+from evalkit.kv import RowFormat, Scales, round_to_bf16
 from evalkit.registry import Registry
 
 
@@ -55,6 +55,21 @@ class Backend(ABC):
     def read_scale(self, scale: Tensor) -> Tensor:
         """The rounding this kernel applies to a stored or given scale before it multiplies."""
         return scale
+
+    def read(self, format: RowFormat, cache: Tensor, slots: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
+        """Rows at `slots` [N] as this kernel's matrix products see them: latent [N, C], rope [N, R], float32."""
+        return format.load(cache, slots, scales, self.read_scale)
+
+
+class BF16Operands(Backend):
+    """A kernel that dequantises to bf16: it multiplies by the scale rounded to bf16, then rounds the product."""
+
+    def read_scale(self, scale: Tensor) -> Tensor:
+        return round_to_bf16(scale)
+
+    def read(self, format: RowFormat, cache: Tensor, slots: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
+        latent, rope = super().read(format, cache, slots, scales)
+        return latent.bfloat16().float(), rope.bfloat16().float()
 
 
 backends: Registry[Backend] = Registry("backend")

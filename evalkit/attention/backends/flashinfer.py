@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evalkit.attention.backends.base import Backend, backends
-from evalkit.kv import RowFormat, Scales, round_to_bf16
+from evalkit.attention.backends.base import BF16Operands, backends
+from evalkit.kv import RowFormat, Scales
 
 WORKSPACE_BYTES = 128 * 2**20
 ROWS_PER_PLAN = 8192  # a plan holds at most 16384 work items, and a row of KV may be split in two
 
 
 @backends.register
-class FlashInfer(Backend):
+class FlashInfer(BF16Operands):
     name = "flashinfer"
     kernel = "flashinfer BatchMLAPagedAttentionWrapper fa3"
 
@@ -41,9 +41,6 @@ class FlashInfer(Backend):
         if major != 9:
             return f"FlashInfer's fa3 MLA kernel needs SM90, this GPU is SM{major}{minor}"
         return None
-
-    def read_scale(self, scale: Tensor) -> Tensor:
-        return round_to_bf16(scale)
 
     def attend(
         self,

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evalkit.attention.backends.base import Backend, backends
-from evalkit.kv import RowFormat, Scales, round_to_bf16
+from evalkit.attention.backends.base import BF16Operands, backends
+from evalkit.kv import RowFormat, Scales
 
 DS_MLA = ("fp8_ds_mla", "fp8_ds_mla_fp32scale")
 ROWS_PER_CALL = 4096
 
 
 @backends.register
-class FlashMLA(Backend):
+class FlashMLA(BF16Operands):
     name = "flashmla"
     kernel = "FlashMLA sparse_decode_fwd (fp8_ds_mla), sparse_prefill_fwd (bf16)"
 
@@ -43,9 +43,6 @@ class FlashMLA(Backend):
         if major != 9:
             return f"these FlashMLA calls are for SM90, this GPU is SM{major}{minor}"
         return None
-
-    def read_scale(self, scale: Tensor) -> Tensor:
-        return round_to_bf16(scale)
 
     def attend(
         self,

@@ -38,15 +38,13 @@ class Reference(Backend):
         indices: Tensor,
         sm_scale: float,
         scales: Scales,
-        read_scale: Callable[[Tensor], Tensor] | None = None,
+        reader: Backend | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Backend.attend`; `read_scale` reads stored scales with another reader's rounding."""
+        """As `Backend.attend`; with a `reader`, over the rows as that backend's kernel reads them."""
         slots = cache.numel() // format.row_bytes
 
         def rows(used: Tensor) -> tuple[Tensor, Tensor]:
-            if read_scale is None:
-                return format.load(cache, used, scales)
-            return format.load(cache, used, scales, read_scale)
+            return (reader or self).read(format, cache, used, scales)
 
         return _attend(q_latent, q_rope, rows, slots, indices, sm_scale)
 
