@@ -345,7 +345,7 @@ def generate(task: str, *, length: int, count: int, seed: int, **options: int) -
 
 # --- Documents for training -------------------------------------------------------------------------------------
 
-TRAINING_WEIGHTS = {
+TRAINING_MIXTURE: Mapping[str, float] = {
     "multi_key": 0.22,
     "siblings": 0.10,
     "variables": 0.15,
@@ -392,11 +392,11 @@ def _training_puzzle(task: str, rng: Random, names: Iterator[str], free: int, ro
     return _notes(rng, count, length)
 
 
-def training_document(rng: Random, length: int) -> TrainingDocument:
+def training_document(
+    rng: Random, length: int, mixture: Mapping[str, float] = TRAINING_MIXTURE
+) -> TrainingDocument:
     """Facts of one task, or of two in a quarter of the documents, and 1 to 20 questions: at most `length` tokens."""
-    tasks = rng.choices(
-        list(TRAINING_WEIGHTS), list(TRAINING_WEIGHTS.values()), k=2 if rng.random() < 0.25 else 1
-    )
+    tasks = rng.choices(list(mixture), list(mixture.values()), k=2 if rng.random() < 0.25 else 1)
     names = _names(rng)
     room = length - _HEADER_TOKENS
     share = room // len(tasks)

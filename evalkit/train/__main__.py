@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from evalkit.train import card, checkpoint, evaluate, tokenizer
-from evalkit.train.config import TINY, TrainConfig
+from evalkit.train.config import TINY, TrainConfig, refine
 from evalkit.train.loop import Trainer
 
 # Of a run's minutes: evaluation, start-up and exports keep this much, the phases share the rest.
@@ -31,6 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--from", dest="origin", type=Path, help="start at the indexer phase from this checkpoint"
     )
+    run.add_argument(
+        "--refine", type=Path, help="start at the dense phase from this checkpoint, mostly on register traces"
+    )
+    run.add_argument("--lengths", type=int, nargs="+", default=[2048, 1024, 4096])
     run.add_argument("--size", choices=("nano", "tiny"), default="nano", help="tiny: a rehearsal on a CPU")
     run.add_argument("--workers", type=int, help="processes that make documents")
     run.add_argument(
@@ -55,6 +60,8 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> None:
     budget -= min(RESERVE_SECONDS, RESERVE * budget)
     dense, indexer, joint = (budget * share for share in SHARES)
     config = replace(config, seconds=(dense, indexer, joint), seed=arguments.seed)
+    if arguments.refine is not None:
+        config = refine(config)
     if arguments.workers:
         config = replace(config, workers=arguments.workers)
     trainer = Trainer(config, arguments.out, device)
@@ -63,9 +70,12 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> None:
     elif arguments.origin is not None:
         trainer.model.load_state_dict(checkpoint.load(arguments.origin).state_dict())
         trainer.progress.phase = 1
+    elif arguments.refine is not None:
+        trainer.model.load_state_dict(checkpoint.load(arguments.refine).state_dict())
+        trainer.origin = json.loads((arguments.refine / "training.json").read_text())
     trainer.run()
     if arguments.documents:
-        lengths = (2048, 1024, 4096) if arguments.size == "nano" else (256,)
+        lengths = tuple(arguments.lengths) if arguments.size == "nano" else (256,)
         evaluate.evaluate(arguments.out / "export", device, arguments.documents, lengths)
     card.write(arguments.out / "export")
 

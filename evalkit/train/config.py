@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from tasks import documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,9 @@ class TrainConfig:
     adam_lr: float = 3e-3
     indexer_lr: float = 1e-3
     joint_lr: float = 2e-4
+    mixture: tuple[tuple[str, float], ...] = tuple(documents.TRAINING_MIXTURE.items())
+    lm_coefficient: float = 0.1
+    value_weight: float = 1.0  # of a register trace's values, against its other tokens
     warmup_steps: int = 100
     bias_step: float = 0.002
     report_seconds: float = 4.0
@@ -114,6 +119,33 @@ class TrainConfig:
 
 
 PHASES = ("dense", "indexer", "joint")
+
+
+def refine(config: TrainConfig) -> TrainConfig:
+    """The second run: from trained weights, mostly on register traces, whose `take` the first run only guesses.
+
+    There a trace's values weigh more than what the facts say verbatim, and the filler's language-model loss, which is
+    all that is left of the other tasks' gradient, weighs less.
+    """
+    first, last = config.stages[0], config.stages[-1]
+    return replace(
+        config,
+        stages=(replace(first, share=0.5), last),
+        mixture=(
+            ("registers", 0.60),
+            ("walk", 0.10),
+            ("multi_key", 0.10),
+            ("siblings", 0.08),
+            ("variables", 0.07),
+            ("copy", 0.05),
+        ),
+        lm_coefficient=0.02,
+        value_weight=8.0,
+        advance_register_loss=0.0,
+        muon_lr=2e-3,
+        adam_lr=1.5e-3,
+    )
+
 
 TINY = TrainConfig(
     model=ModelConfig(

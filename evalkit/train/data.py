@@ -21,7 +21,7 @@ from tasks import documents
 
 TASKS = ("needle", "multi_key", "siblings", "variables", "walk", "registers", "copy")
 COEFFICIENTS = {"needle": 0.5, "copy": 0.5, "registers": 1.5}
-LM_COEFFICIENT, LM_SHARE = 0.1, 0.25
+LM_SHARE = 0.25
 BOS_SHARE = 0.75
 
 
@@ -87,7 +87,7 @@ def make_batch(config: TrainConfig, encoder: Encoder, request: Request) -> Batch
     answer_tasks: list[int] = []
     ends = []
     for row in range(count):
-        document = documents.training_document(rng, length - 2)
+        document = documents.training_document(rng, length - 2, dict(config.mixture))
         ids = [encoder.bos] if rng.random() < BOS_SHARE else []
         ids += encoder(document.context)
         for exchange in document.exchanges:
@@ -109,13 +109,16 @@ def make_batch(config: TrainConfig, encoder: Encoder, request: Request) -> Batch
     answers = answer_of.reshape(-1)[scored]
     tasks_of_answers = np.array(answer_tasks, dtype=np.int16)
     task = np.where(answers >= 0, tasks_of_answers[np.maximum(answers, 0)], len(TASKS))
-    per_task = np.bincount(task, minlength=len(TASKS) + 1)
-    coefficients = np.array([*(COEFFICIENTS.get(name, 1.0) for name in TASKS), LM_COEFFICIENT])
-    weights = (coefficients / np.maximum(per_task, 1))[task]
+    labels = np.roll(tokens.reshape(-1), -1)[scored]
+    is_value = (task == TASKS.index("registers")) & encoder.is_value[labels]
+    emphasis = np.where(is_value, config.value_weight, 1.0)
+    per_task = np.bincount(task, weights=emphasis, minlength=len(TASKS) + 1)
+    coefficients = np.array([*(COEFFICIENTS.get(name, 1.0) for name in TASKS), config.lm_coefficient])
+    weights = emphasis * (coefficients / np.maximum(per_task, 1))[task]
     return Batch(
         tokens=tokens,
         scored=scored.astype(np.int32),
-        labels=np.roll(tokens.reshape(-1), -1)[scored],
+        labels=labels,
         weights=weights.astype(np.float32),
         answers=np.where(answers >= 0, answers, len(answer_tasks)).astype(np.int32),
         answer_tasks=tasks_of_answers,

@@ -90,6 +90,7 @@ class Trainer:
         self.model.to(device)
         self.model.use(probe_kernels(config.model, device))
         self.progress = Progress()
+        self.origin: dict[str, Any] | None = None  # the record of the run whose weights this one started from
         self.optimizers: Optimizers | None = None
         self.meter = Meter(device)
         self.last_print = self.last_save = time.monotonic()
@@ -104,6 +105,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizers": self.optimizers.state_dict() if self.optimizers else None,
             "progress": asdict(self.progress),
+            "origin": self.origin,
         }
         partial = self.out / "state.pt.partial"
         torch.save(state, partial)
@@ -125,6 +127,7 @@ class Trainer:
                 )
         self.model.load_state_dict(state["model"])
         self.progress = Progress(**state["progress"])
+        self.origin = state["origin"]
         if state["optimizers"] is not None:
             self.optimizers = self._optimizers()
             self.optimizers.load_state_dict(state["optimizers"])
@@ -269,6 +272,7 @@ class Trainer:
             "torch": torch.__version__,
             "parameters": parameters,
             "phases": self.progress.phases,
+            "origin": self.origin,
         }
 
     def _describe(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from tasks import documents
@@ -82,6 +83,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.pad, self.bos, self.eos = (_id(tokenizer, token) for token in (PAD, BOS, EOS))
+        self.is_value = np.zeros(VOCAB_SIZE, dtype=np.bool_)  # the entries " 00" to " 99"
+        self.is_value[[_id(tokenizer, f"Ġ{value:02d}") for value in range(100)]] = True
         self._ids: dict[str, int] = {}
 
     def __call__(self, text: str) -> list[int]:

@@ -100,7 +100,7 @@ def test_a_batch_of_many_more_rows_than_one_launch_takes_gives_the_same_rows(
     error = (many.float() - once.float().repeat(times, 1, 1)).flatten(1).norm(dim=-1)
     size = once.float().repeat(times, 1, 1).flatten(1).norm(dim=-1)
     keep = valid.repeat(times)
-    assert float((error[keep] / size[keep]).max()) <= 3e-3
+    assert float((error[keep] / size[keep]).max()) <= 6e-3  # twice what each may be from exact attention
 
 
 def test_the_model_runs_on_every_kernel_and_agrees_with_the_reference(
