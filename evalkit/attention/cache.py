@@ -135,7 +135,12 @@ class PagedLayer(CacheLayerMixin):
 
 
 class PagedCache(Cache):
-    """The paged rows of every layer, and with them the `PathState` of the candidate that wrote them."""
+    """The paged rows of every layer, and with them the `PathState` of the candidate that wrote them.
+
+    is_transient: made for one forward pass that keeps no cache.
+    """
+
+    is_transient = False
 
     def __init__(self, state: PathState) -> None:
         super().__init__(layers=state.layers)

@@ -9,6 +9,7 @@ Rows hold the rope interleaved, as the checkpoints' projections emit it and as v
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -123,8 +124,9 @@ class SparseMLA(nn.Module):
         self.latent = config.kv_lora_rank
         self.sm_scale = float(attention.scaling)
         self.is_glm = config.model_type == "glm_moe_dsa"
-        # State and first column of the step in progress: the router that follows asks for them.
-        self.step: tuple[PathState, int] | None = None
+        # State and first column of the step in progress: the router that follows asks for them. The reference is
+        # weak, so that a cache ends with its owner.
+        self.step: tuple[weakref.ref[PathState], int] | None = None
 
     def forward(
         self,
@@ -146,7 +148,7 @@ class SparseMLA(nn.Module):
         start = rows.length
         slots = rows.extend(batch, length, hidden_states.device)  # [B, T]
         written = slots if state.valid is None else slots.where(state.valid[:, start : rows.length], -1)
-        self.step = (state, start)
+        self.step = (weakref.ref(state), start)
 
         q_resid, q_latent, q_rope, latent, rope = self._project(hidden_states, position_embeddings, state)
         self._write(state, rows, written.flatten(), latent, rope)
@@ -227,21 +229,23 @@ class SparseMLA(nn.Module):
     ) -> Tensor:
         """Columns [B, T, K] that each query attends, ascending, -1 where it has fewer."""
         length = hidden.shape[1]
+        forced = (state.forced_selection or {}).get(self.layer_idx)
         indexer = getattr(self, "indexer", None)
-        if indexer is None:  # GLM: this layer shares the last full layer's selection
-            if start not in state.selections:
-                raise ValueError(f"layer {self.layer_idx} shares a selection that no earlier layer made")
-            columns = state.selections[start]
-        else:
-            scores = self._index(indexer, hidden, q_resid, position_embeddings, state, slots)
-            if state.valid is not None:  # padding neither attends nor is attended
-                valid = state.valid[:, : start + length]
-                scores = scores.masked_fill(~(valid[:, None, :] & valid[:, start:, None]), -torch.inf)
-            state.emit("index_scores", self.layer_idx, scores)
+        if indexer is not None:
+            query, weights = self._index(indexer, hidden, q_resid, position_embeddings, state, slots)
+            if forced is None or state.wants("index_scores"):
+                scores = self._scores(query, weights, state, start)
+                state.emit("index_scores", self.layer_idx, scores)
+        if forced is not None:
+            columns = forced[:, start : start + length]
+        elif indexer is not None:
             columns = top_k(scores.flatten(0, 1), self.config.index_topk).view(*scores.shape[:2], -1)
+        elif start in state.selections:  # GLM: this layer shares the last full layer's selection
+            return state.selections[start]
+        else:
+            raise ValueError(f"layer {self.layer_idx} shares a selection that no earlier layer made")
+        if indexer is not None:
             state.keep_selection(self.layer_idx, start, columns)
-        if state.forced_selection is not None and self.layer_idx in state.forced_selection:
-            columns = state.forced_selection[self.layer_idx][:, start : start + length]
         return columns
 
     def _index(
@@ -252,8 +256,8 @@ class SparseMLA(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         state: PathState,
         slots: Tensor,
-    ) -> Tensor:
-        """Index scores [B, T, S] float32, -inf after the query; this step's keys are appended to the layer's."""
+    ) -> tuple[Tensor, Tensor]:
+        """Indexer queries [B, T, I, 128] and head weights [B, T, I]; this step's keys join the layer's."""
         rows = state.layers[self.layer_idx]
         rotate = rotate_interleaved if self.is_glm else rotate_halves
         cos, sin = position_embeddings
@@ -265,19 +269,25 @@ class SparseMLA(nn.Module):
         keys = torch.cat([rotate(keys[..., : self.rope], cos, sin), keys[..., self.rope :]], -1)
         weights = indexer.weights_proj(hidden.to(indexer.weights_proj.weight.dtype)).float()
         weights = weights * (self.config.index_n_heads**-0.5 * self.config.index_head_dim**-0.5)
-
-        cached = rows.slots(0, rows.length)  # [B, S]
         if state.candidate.index == "model":
             rows.store_index(slots.flatten(), keys.flatten(0, 1))
-            assert rows.index_keys is not None
-            return index_scores(query, rows.index_keys[cached], weights)
+            return query, weights
         rows.store_index(slots.flatten(), *quantize_ue8m0(keys.flatten(0, 1)))
-        assert rows.index_keys is not None
-        assert rows.index_scale is not None
         sent = quantize_ue8m0(query)
-        return index_scores(
-            sent.codes, rows.index_keys[cached], weights * sent.scale, rows.index_scale[cached]
-        )
+        return sent.codes, weights * sent.scale
+
+    def _scores(self, query: Tensor, weights: Tensor, state: PathState, start: int) -> Tensor:
+        """Index scores [B, T, S] float32, -inf after the query and at padding."""
+        rows = state.layers[self.layer_idx]
+        cached = rows.slots(0, rows.length)  # [B, S]
+        assert rows.index_keys is not None
+        scale = None if rows.index_scale is None else rows.index_scale[cached]
+        scores = index_scores(query, rows.index_keys[cached], weights, scale)
+        if state.valid is None:
+            return scores
+        # Padding neither attends nor is attended.
+        valid = state.valid[:, : rows.length]
+        return scores.masked_fill(~(valid[:, None, :] & valid[:, start:, None]), -torch.inf)
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -113,7 +113,6 @@ def run_layer(
         )
         outputs.append(out[0] if isinstance(out, tuple) else out)
     state.observer = None
-    layer.self_attn.step = None  # it would keep this cache alive until the layer runs again
     return LayerPass(torch.cat(outputs, 1), capture.joined(), capture.joined_call())
 
 

@@ -46,6 +46,7 @@ class Graft:
         self.candidate = self.resolve(Candidate(format="bf16", backend="reference"))
         self.scales: Mapping[int, Scales] = {}
         model.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        model.model.register_forward_hook(self._after_forward, with_kwargs=True)
         _intercept_generate(model, self.new_cache)
 
     @property
@@ -110,6 +111,8 @@ class Graft:
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = self.new_cache()
+            use_cache = kwargs.get("use_cache")
+            cache.is_transient = not (self.model.config.use_cache if use_cache is None else use_cache)
         elif not isinstance(cache, PagedCache):
             raise InputError(
                 f"past_key_values is a {type(cache).__name__}, which the sparse MLA path cannot read: "
@@ -136,14 +139,21 @@ class Graft:
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         return (), {**kwargs, "past_key_values": cache, "attention_mask": unused}
 
+    def _after_forward(
+        self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """With `use_cache=False` the caller sees no cache: transformers returns whatever it was given."""
+        if kwargs["past_key_values"].is_transient:
+            output.past_key_values = None
+
 
 def _route(
     path: SparseMLA, layer: int, router: Any, _args: tuple[Any, ...], result: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Report a router's choice to the step in progress, or replace it with the forced one."""
-    if path.step is None:
+    state, start = (None, 0) if path.step is None else (path.step[0](), path.step[1])
+    if state is None:
         return None
-    state, start = path.step
     logits, weights, experts = result
     forced = None if state.forced_routing is None else state.forced_routing.get(layer)
     if forced is not None:

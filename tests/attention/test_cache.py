@@ -1,0 +1,168 @@
+"""The paged cache under generate(): turns, padding, beams, crops, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from evalkit import kv
+from evalkit.errors import InputError
+from evalkit.kv import Scales
+from evalkit.model.load import graft
+
+
+def prompt(length: int = 90, batch: int = 2) -> Tensor:
+    return torch.randint(2, 128, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def model(make_model: Any) -> Any:
+    return graft(make_model(), "fp32@reference")
+
+
+def logits(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **inputs).logits
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    return bool((got - want).norm() <= 1e-5 * want.norm())
+
+
+def mostly_close(got: Tensor, want: Tensor) -> bool:
+    """Another GEMM shape moves a value by an ulp, and an ulp can move a stored code: the typical token is compared."""
+    error = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    return bool(error.median() <= 1e-4)
+
+
+@pytest.mark.parametrize("name", kv.names())
+def test_a_second_turn_reads_the_first_turns_rows(make_model: Any, name: str) -> None:
+    model = graft(make_model(), f"{name}@reference")
+    cache = model.evalkit.new_cache()
+    logits(model, prompt()[:, :60], past_key_values=cache)
+    second = logits(model, prompt()[:, 60:], past_key_values=cache)
+    assert mostly_close(second, logits(model, prompt())[:, 60:])
+
+
+@pytest.mark.parametrize("name", kv.names())
+def test_growing_past_a_block_keeps_what_was_stored(make_model: Any, name: str) -> None:
+    model = graft(make_model(), f"{name}@reference")
+    cache = model.evalkit.new_cache()
+    logits(model, prompt()[:, :9], past_key_values=cache)
+    before = [_rows(layer) for layer in cache.layers]
+    for start in range(9, 81, 9):  # blocks hold 64 tokens
+        logits(model, prompt()[:, start : start + 9], past_key_values=cache)
+    for layer, (latent, rope, keys) in zip(cache.layers, before, strict=True):
+        after = _rows(layer)
+        assert torch.equal(after[0], latent)
+        assert torch.equal(after[1], rope)
+        assert torch.equal(after[2], keys)
+        assert latent.any()
+
+
+def _rows(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first nine columns hold: latent, rope and indexer keys."""
+    slots = layer.slots(0, 9).flatten()
+    return *layer.format.load(layer.rows, slots, Scales()), layer.index_keys[slots].clone()
+
+
+def test_a_cropped_cache_goes_on_from_where_it_was_cut(model: Any) -> None:
+    cache = model.evalkit.new_cache()
+    logits(model, prompt(), past_key_values=cache)
+    cache.crop(-40)
+    assert cache.get_seq_length() == 50
+    again = logits(model, prompt()[:, 50:], past_key_values=cache)
+    assert close(again, logits(model, prompt())[:, 50:])
+
+
+def test_reordered_sequences_take_their_rows_and_padding_along_and_diverge(model: Any) -> None:
+    ids = prompt()
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[0, :20] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = model.evalkit.new_cache()
+    logits(model, ids[:, :70], attention_mask=mask, position_ids=positions, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    tails = torch.stack([ids[0, 70:], ids[1, 70:], ids[0, 70:]])
+    longer = torch.cat([mask[[1, 1, 0]], torch.ones(3, 20, dtype=torch.long)], 1)
+    steps = (longer.cumsum(-1) - 1)[:, 70:]
+    got = logits(model, tails, attention_mask=longer, position_ids=steps, past_key_values=cache)
+    assert close(got[1], logits(model, ids[1:])[0, 70:])
+    assert close(got[0], logits(model, torch.cat([ids[1:, :70], ids[:1, 70:]], 1))[0, 70:])
+    assert close(got[2], logits(model, ids[:1, 20:])[0, 50:])
+
+
+def test_a_reset_cache_is_as_good_as_new(model: Any) -> None:
+    cache = model.evalkit.new_cache()
+    logits(model, prompt(), past_key_values=cache)
+    cache.reset()
+    assert close(logits(model, prompt(40, 3), past_key_values=cache), logits(model, prompt(40, 3)))
+
+
+def test_generate_makes_a_paged_cache_of_its_own(model: Any) -> None:
+    ids = prompt(50)
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    with torch.no_grad():
+        got = model.generate(ids, **options)
+        without = model.generate(ids, use_cache=False, **options)
+        started_empty = model.generate(ids, past_key_values=DynamicCache(), **options)
+    step = torch.cat([ids, got[:, 50:]], 1)
+    greedy = logits(model, step).argmax(-1)[:, 49:-1]
+    assert torch.equal(got[:, 50:], greedy)
+    assert torch.equal(without, got)
+    assert torch.equal(started_empty, got)
+
+
+def test_beam_search_returns_the_beam_that_its_own_scores_prefer(model: Any) -> None:
+    ids = prompt(50, 1)
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, num_beams=3, do_sample=False,
+            eos_token_id=None, return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+        )  # fmt: skip
+    # A beam's score is the sum of its tokens' log-probabilities, recomputed here without any cache.
+    found = out.sequences
+    scores = logits(model, found).log_softmax(-1)[:, 49:-1].gather(-1, found[:, 50:, None]).sum()
+    assert float(scores) == pytest.approx(float(out.sequences_scores[0]), abs=1e-3)
+
+
+def test_a_foreign_cache_is_refused(model: Any, make_model: Any) -> None:
+    plain = make_model()
+    filled = DynamicCache(config=plain.config)
+    with torch.no_grad():
+        plain(prompt(), past_key_values=filled)
+    with pytest.raises(InputError, match="DynamicCache, which the sparse MLA path cannot read"):
+        logits(model, prompt(), past_key_values=filled)
+    with pytest.raises(InputError, match="filled DynamicCache"):
+        model.generate(prompt(), past_key_values=filled, max_new_tokens=2)
+
+
+def test_a_mask_of_another_length_is_refused(model: Any) -> None:
+    with pytest.raises(InputError, match=r"attention_mask has shape \(2, 80\).*\(2, 90\)"):
+        logits(model, prompt(), attention_mask=torch.ones(2, 80))
+
+
+def test_a_context_longer_than_the_models_is_refused(model: Any) -> None:
+    with pytest.raises(InputError, match="the context is 513 tokens, the model holds 512"):
+        logits(model, prompt(513, 1))
+
+
+def test_the_router_does_not_keep_a_finished_cache_alive(model: Any) -> None:
+    import gc
+    import weakref
+
+    cache = model.evalkit.new_cache()
+    logits(model, prompt(), past_key_values=cache)
+    rows = weakref.ref(cache.state)
+    del cache
+    gc.collect()
+    assert rows() is None
