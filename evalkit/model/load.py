@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,15 +57,6 @@ def weight_files(directory: Path) -> list[Path]:
         if not (directory / name).is_file():
             raise InputError(f"{directory} lacks the weights file {name}")
     return [directory / name for name in names]
-
-
-def checkpoint_sha256(directory: Path) -> str:
-    """SHA-256 over config.json and the weight files, names and contents, in order."""
-    total = hashlib.sha256()
-    for file in [directory / "config.json", *weight_files(directory)]:
-        with file.open("rb") as stream:
-            total.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
 
 
 def load(
