@@ -60,7 +60,17 @@ class Candidate:
         return cls(format=match["format"], scales=scales, backend=match["backend"] or BEST, **options)
 
     def on(self, backend: str, format: str) -> Candidate:
-        """The same candidate with its backend and format resolved to real names."""
+        """The same candidate with its backend and format resolved to real names.
+
+        Raises:
+            InputError: it names a source of scales, and the format takes none.
+        """
+        from evalkit import kv
+
+        if self.scales != "one" and not kv.get(format).uses_scales:
+            raise InputError(
+                f"{format}:{self.scales}@{backend}: {format} takes no scale from outside; write {format}@{backend}"
+            )
         return replace(self, backend=backend, format=format)
 
     def __str__(self) -> str:

@@ -74,7 +74,7 @@ def layers(config: Config = None, set_: Set = None) -> None:
     asked = RunConfig.load(config, set_ or ())
     from evalkit import pipeline
 
-    print(pipeline.layers(asked))
+    print(pipeline.run(asked.with_values(stages=("layers",))))
 
 
 @app.command()
@@ -86,7 +86,7 @@ def tasks(config: Config = None, set_: Set = None) -> None:
     asked = RunConfig.load(config, set_ or ())
     from evalkit import pipeline
 
-    print(pipeline.tasks(asked))
+    print(pipeline.run(asked.with_values(stages=("tasks",))))
 
 
 @app.command()
@@ -102,9 +102,10 @@ def report(
     from evalkit.report import html, markdown, terminal
 
     path = run if run is not None else _newest(Path("runs"))
-    terminal.show(path)
     markdown.write(path)
-    print(html.write(path))
+    page = html.write(path)
+    terminal.show(path)
+    print(page)
 
 
 @app.command()
@@ -128,8 +129,8 @@ def formats() -> None:
 
 @app.command()
 def doctor(
-    heads: Annotated[int, typer.Option(help="Attention heads on one GPU.")] = 128,
-    topk: Annotated[int, typer.Option(help="Selected tokens of each query.")] = 2048,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads on one GPU.")] = 128,
+    topk: Annotated[int, typer.Option(min=1, help="Selected tokens of each query.")] = 2048,
 ) -> None:
     """Say what each backend can read here, and why not where it cannot.
 
@@ -164,7 +165,7 @@ def lm_eval(
 ) -> None:
     """Run lm-eval itself, with the model `evalkit` and the tasks of evalkit known to it.
 
-    Example: evalkit lm-eval run --model evalkit --model_args checkpoint=dsa-nano --tasks gsm8k --limit 8
+    Example: evalkit lm-eval run --model evalkit --model_args pretrained=dsa-nano --tasks gsm8k --limit 8
     """
     from evalkit.evaluate.lm import lm_eval_main
 

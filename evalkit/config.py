@@ -4,6 +4,7 @@ No environment variable changes a result; what is not said here has the default 
 """
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 
 from evalkit.errors import InputError
 
+STAGES = ("layers", "tasks")
 WORDS = {
     str: "text",
     int: "an integer",
@@ -41,6 +43,7 @@ class RunConfig:
         task_documents: documents of each task, the same for every candidate.
         batch_size: documents scored together.
         seed: of every random choice.
+        stages: what a run does of `layers` and `tasks`.
         out: the directory of runs.
     """
 
@@ -56,6 +59,7 @@ class RunConfig:
     task_documents: int = 24
     batch_size: int = 8
     seed: int = 0
+    stages: tuple[str, ...] = STAGES
     out: Path = Path("runs")
 
     def __post_init__(self) -> None:
@@ -70,6 +74,10 @@ class RunConfig:
             raise InputError(f"dtype is {self.dtype!r}: give bfloat16 or float32, or leave it out")
         if not self.candidates:
             raise InputError('candidates is empty: name at least one, or "default"')
+        if not self.stages or not set(self.stages) <= set(STAGES):
+            raise InputError(
+                f"stages is {', '.join(self.stages) or 'empty'}: give {' or '.join(STAGES)}, or both"
+            )
         least = {
             "layers_prompt_tokens": 1,
             "layers_decode_tokens": 0,
@@ -99,6 +107,7 @@ class RunConfig:
         config = cls(**values)
         if config.layers_prompts is not None:
             _refuse_unreadable(config.layers_prompts)
+        _refuse_unwritable(config.out)
         return config
 
     @classmethod
@@ -125,6 +134,8 @@ def _toml(path: Path) -> dict[str, Any]:
         raise InputError(f"no configuration file at {path}") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a directory: give a TOML file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from None
 
@@ -136,8 +147,18 @@ def _refuse_unreadable(prompts: Path) -> None:
         text = prompts.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"layers_prompts: {prompts} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise InputError(f"layers_prompts: {prompts} cannot be read: {error.strerror}") from None
     if not text.strip():
         raise InputError(f"layers_prompts: {prompts} is empty: give text of a few thousand tokens")
+
+
+def _refuse_unwritable(out: Path) -> None:
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"out is {out}, and {there} is a file: name a directory that runs can be made in")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"out is {out}, and {there} cannot be written to: name another directory")
 
 
 def _options(key: str, where: str) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from evalkit import environment, kv
 from evalkit.attention import backends
@@ -34,42 +36,45 @@ from evalkit.evaluate.documents import generated_text
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
 from evalkit.kv import Scales
+from evalkit.kv.aliases import BF16_NAMES
 from evalkit.model.load import load, resolve_checkpoint
 from evalkit.model.proof import bytes_per_token
-from evalkit.records import CandidateRecord, RunDirectory, SampleRecord, TaskRecord, read_samples
+from evalkit.records import (
+    CandidateRecord,
+    EnvironmentRecord,
+    RunDirectory,
+    SampleRecord,
+    TaskRecord,
+    only,
+    read_samples,
+)
 from evalkit.report import html, markdown, terminal
 from evalkit.stats import paired
 
 DEFAULT_CANDIDATES = ("bf16", "fp8_e4m3:one", "fp8_e4m3:calibrated", "fp8_ds_mla")
 CALIBRATION_DOCUMENTS = 2
+SHORTEST_DOCUMENT = 256
+# What a run's numbers depend on beyond its configuration: it cannot go on where one differs.
+SAME_FACTS = ("checkpoint_sha256", "device", "gpu", "dtype")
 
 
 def run(config: RunConfig, resume: Path | None = None) -> Path:
-    """Compare layers, score tasks, write the report; returns the run directory."""
-    return _follow(config, resume, layers=True, tasks=True)
+    """Compare layers, score tasks, write the report; returns the run directory.
 
-
-def layers(config: RunConfig) -> Path:
-    """Compare layers only."""
-    return _follow(config, None, layers=True, tasks=False)
-
-
-def tasks(config: RunConfig) -> Path:
-    """Score tasks only."""
-    return _follow(config, None, layers=False, tasks=True)
-
-
-def _follow(config: RunConfig, resume: Path | None, *, layers: bool, tasks: bool) -> Path:
-    prepared = prepare(config, tasks=tasks)
+    Args:
+        config: what to do; that of `resume`, where it is given.
+        resume: a run that was stopped, to go on with; one that has ended stays as it is.
+    """
+    if resume is not None and RunDirectory(resume).done("report"):
+        terminal.show(resume)
+        return resume
+    prepared = prepare(config)
     directory = RunDirectory(resume) if resume is not None else _create(config)
-    describe(directory, prepared)
-    if layers:
+    with _told_how_to_go_on(directory):
+        describe(directory, prepared)
         compare_layers(directory, prepared)
-    if tasks:
         score_tasks(directory, prepared)
-    html.write(directory.path)
-    markdown.write(directory.path)
-    terminal.show(directory.path)
+        write_report(directory)
     return directory.path
 
 
@@ -91,7 +96,7 @@ class Prepared:
     documents: Sequence[Tensor]
 
 
-def prepare(config: RunConfig, *, tasks: bool = True) -> Prepared:
+def prepare(config: RunConfig) -> Prepared:
     """Load and check everything that a run needs.
 
     Raises:
@@ -99,6 +104,10 @@ def prepare(config: RunConfig, *, tasks: bool = True) -> Prepared:
     """
     checkpoint = resolve_checkpoint(config.checkpoint)
     requested = _requested(config)
+    if config.stages == ("tasks",) and not config.tasks:
+        raise InputError("tasks is empty: name at least one, such as evalkit_needle_1024")
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own, of loading weights
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     environment.exact_numerics()
     model = load(checkpoint, "bf16@reference", device=config.device, dtype=dtype)
@@ -108,7 +117,7 @@ def prepare(config: RunConfig, *, tasks: bool = True) -> Prepared:
             raise InputError(f"candidates name {candidate} twice: {requested[place]!r} is the same again")
     lm = EvalkitLM(model, candidate=candidates[0], batch_size=config.batch_size)
     documents = _documents(config, lm)
-    if tasks and config.tasks:
+    if "tasks" in config.stages and config.tasks:
         refuse_long_prompts(
             lm, load_tasks(config.tasks, config.task_documents, config.seed), config.task_documents
         )
@@ -127,14 +136,16 @@ def prepare(config: RunConfig, *, tasks: bool = True) -> Prepared:
 
 def describe(directory: RunDirectory, prepared: Prepared) -> None:
     """Record the environment, and each candidate with the bytes that its rows were seen to take."""
-    if directory.done("environment"):
-        return
     model = prepared.model
     dtype = str(model.dtype).removeprefix("torch.")
     if model.evalkit.rounding is not None:
         dtype += ", query, rows and attention output rounded to bfloat16"
+    now = environment.collect(prepared.checkpoint, str(model.device), dtype, directory.command)
+    if directory.done("environment"):
+        _refuse_other(directory, now, prepared.candidates)
+        return
     with directory.stage("environment") as write:
-        write.write(environment.collect(prepared.checkpoint, str(model.device), dtype, directory.command))
+        write.write(now)
         for requested, candidate in zip(prepared.requested, prepared.candidates, strict=True):
             scales = prepared.scales[candidate]
             backend = backends.get(candidate.backend)
@@ -159,7 +170,7 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
 
 def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
     """Every probe of every layer, isolated and propagated, prefill and decode, against bf16@reference."""
-    if directory.done("layers"):
+    if "layers" not in prepared.config.stages or directory.done("layers"):
         return
     passes = count_passes(prepared.model, len(prepared.documents), len(prepared.candidates))
     with directory.stage("layers") as write, _progress("layers", passes) as advance:
@@ -177,7 +188,7 @@ def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
 def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
     """The same documents for every candidate, each paired with the baseline's; bf16 again, in other batches, first."""
     config, baseline = prepared.config, prepared.candidates[0]
-    if not config.tasks:
+    if "tasks" not in config.stages or not config.tasks:
         return
     # Batches of another size are other matrix shapes: what bf16 alone changes is the least that can be seen.
     size = max(1, config.batch_size // 2)
@@ -206,14 +217,57 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
                         write.write(record)
 
 
+def write_report(directory: RunDirectory) -> None:
+    """report.html, summary.md, and the tables on the terminal; with it the run has ended."""
+    if not directory.done("report"):
+        with directory.stage("report"):
+            html.write(directory.path)
+            markdown.write(directory.path)
+    terminal.show(directory.path)
+
+
 def _create(config: RunConfig) -> RunDirectory:
     return RunDirectory.create(config.out, config.name, config.to_json(), environment.command_line(sys.argv))
 
 
 def _requested(config: RunConfig) -> tuple[str, ...]:
-    """The candidates in words; bf16 leads, since everything is compared with it."""
+    """The candidates in words; the first that stores bf16 leads, since everything is compared with it."""
     named = DEFAULT_CANDIDATES if config.candidates == "default" else tuple(config.candidates)
-    return named if Candidate.parse(named[0]).format in ("bf16", "auto") else ("bf16", *named)
+    controls = [text for text in named if Candidate.parse(text).format in ("bf16", *BF16_NAMES)]
+    leads = controls[0] if controls else "bf16"
+    rest = list(named)
+    if controls:
+        rest.remove(leads)
+    return leads, *rest
+
+
+def _refuse_other(directory: RunDirectory, now: EnvironmentRecord, candidates: Sequence[Candidate]) -> None:
+    """Refuse to go on with a run where what its numbers depend on has changed since."""
+    then = only(directory.read(), EnvironmentRecord)[0]
+    names = [record.candidate for record in only(directory.read(), CandidateRecord)]
+    facts = [(key, getattr(then, key), getattr(now, key)) for key in SAME_FACTS]
+    for table in ("packages", "flags"):
+        old, new = getattr(then, table), getattr(now, table)
+        facts += [(key, old.get(key), new.get(key)) for key in {**old, **new}]
+    facts.append(("candidates", ", ".join(names), ", ".join(map(str, candidates))))
+    for key, before, after in facts:
+        if before != after:
+            raise InputError(
+                f"{directory.path} was begun with {key} {before}, here it is {after}: its numbers would not "
+                "compare; start a new run"
+            )
+
+
+@contextmanager
+def _told_how_to_go_on(directory: RunDirectory) -> Iterator[None]:
+    """Say on stderr how a run that is being stopped can go on."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException:
+        print(f"stopped; to go on: evalkit run --resume {directory.path}", file=sys.stderr)
+        raise
 
 
 def _documents(config: RunConfig, lm: EvalkitLM) -> list[Tensor]:
@@ -229,14 +283,18 @@ def _documents(config: RunConfig, lm: EvalkitLM) -> list[Tensor]:
     ids = lm.tok_encode(config.layers_prompts.read_text(encoding="utf-8"))[:wanted]
     if len(ids) < wanted:
         raise InputError(
-            f"{config.layers_prompts} holds {len(ids)} tokens, the layer comparison takes {wanted}"
+            f"{config.layers_prompts} holds {len(ids)} tokens, the layer comparison takes {wanted}: give a longer "
+            "text or lower layers_prompt_tokens"
         )
     return [torch.tensor(ids)]
 
 
 def _generated(lm: EvalkitLM, tokens: int, seed: int) -> Tensor:
     """The last `tokens` tokens of a generated document, so that they end in its answer."""
-    ids = lm.tok_encode(generated_text("registers", tokens, seed))
+    length = max(tokens, SHORTEST_DOCUMENT)
+    # Lengths are in dsa-nano's tokens; another tokenizer may need fewer for the same text.
+    while len(ids := lm.tok_encode(generated_text("registers", length, seed))) < tokens:
+        length += length // 2
     return torch.tensor(ids[-tokens:])
 
 
@@ -307,6 +365,6 @@ def _progress(title: str, total: int) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda: bar.advance(task)

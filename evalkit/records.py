@@ -16,6 +16,7 @@ else, and `done(stage)` says where to go on.
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ __all__ = [
     "read",
     "read_samples",
     "to_line",
+    "write_whole",
 ]
 
 R = TypeVar("R", bound=Record)
@@ -124,12 +126,16 @@ class RunDirectory:
         self.path = path
         try:
             self._run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"no run at {path}: a run directory holds run.json") from None
-        except json.JSONDecodeError as error:
+        except OSError as error:
+            raise InputError(f"{path / 'run.json'} cannot be read: {error.strerror}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path / 'run.json'} is not JSON: {error}") from None
         if not isinstance(self._run, dict) or self._run.get("schema") != SCHEMA:
             raise InputError(f"{path / 'run.json'} is not of schema {SCHEMA}, the one this version reads")
+        if lacking := {"config", "command", "started_utc"} - self._run.keys():
+            raise InputError(f"{path / 'run.json'} lacks {', '.join(sorted(lacking))}: it is not a run's")
 
     @classmethod
     def create(cls, out: Path, name: str, config: dict[str, Any], command: str) -> Self:
@@ -140,21 +146,29 @@ class RunDirectory:
             name: the run's name, as in its configuration.
             config: the configuration as JSON values, to resume from.
             command: what would repeat the run.
+
+        Raises:
+            InputError: no directory can be made there.
         """
         started = datetime.now(UTC)
         made = out / f".{name}-{os.getpid()}.tmp"
-        made.mkdir(parents=True)
         run = {"schema": SCHEMA, "name": name, "started_utc": started.isoformat(timespec="seconds")}
-        _replace(
-            made / "run.json", json.dumps({**run, "command": command, "config": config}, indent=2) + "\n"
-        )
-        _replace(made / "records.jsonl", "")
         path = free = out / f"{started:%Y-%m-%dT%H-%M-%SZ}-{name}"
-        for count in range(2, 1000):
-            if not free.exists():
-                break
-            free = path.with_name(f"{path.name}-{count}")
-        made.rename(free)
+        try:
+            made.mkdir(parents=True)
+            write_whole(
+                made / "run.json", json.dumps({**run, "command": command, "config": config}, indent=2) + "\n"
+            )
+            write_whole(made / "records.jsonl", "")
+            for count in range(2, 1000):
+                if not free.exists():
+                    break
+                free = path.with_name(f"{path.name}-{count}")
+            made.rename(free)
+        except OSError as error:
+            raise InputError(f"no run directory can be made in {out}: {error.strerror}") from error
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
         return cls(free)
 
     @property
@@ -210,10 +224,10 @@ class RunDirectory:
                 (sample.task, sample.doc_id, sample.filter, sample.metric): sample
                 for sample in [*before, *(sample for sample in samples if sample.candidate == candidate)]
             }
-            _replace(path, "".join(map(to_line, merged.values())))
+            write_whole(path, "".join(map(to_line, merged.values())))
         kept = [record for record in written if not isinstance(record, SampleRecord)]
         path = self.path / "records.jsonl"
-        _replace(path, path.read_text(encoding="utf-8") + "".join(map(to_line, [*kept, end])))
+        write_whole(path, path.read_text(encoding="utf-8") + "".join(map(to_line, [*kept, end])))
 
 
 def file_name(text: str) -> str:
@@ -221,7 +235,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.+=@-]", "-", text)
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:

@@ -129,6 +129,9 @@ class EvalkitLM(TemplateLM):
                     f"candidate {candidate} needs a model from evalkit.load, not plain transformers"
                 )
         self.tokenizer = tokenizer or _tokenizer(self.model.config._name_or_path)
+        words, rows = len(self.tokenizer), int(self.model.config.vocab_size)
+        if words > rows:
+            raise InputError(f"{self.tokenizer_name}: the tokenizer has {words} tokens, the model {rows}")
         longest = int(self.model.config.max_position_embeddings)
         self.max_length = longest if max_length is None else _positive("max_length", max_length)
         if self.max_length > longest:
@@ -199,7 +202,8 @@ class EvalkitLM(TemplateLM):
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
-        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+        # Not verbose: what is too long is refused here, and a warning would only foretell it.
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding would give it) of each continuation.
@@ -477,4 +481,7 @@ def _tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{checkpoint} has no tokenizer that loads; it needs tokenizer.json and tokenizer_config.json "
+            f"({str(error).splitlines()[0].rstrip(':')})"
+        ) from error

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # What is in tasks/ and nowhere else, so that another project's tasks/ is not taken for ours.
 MARKER = "lm_eval_docs.py"
+# Names that begin so are in tasks/ or nowhere.
+PREFIX = "evalkit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,9 @@ def load_tasks(names: tuple[str, ...], documents: int, seed: int) -> tuple[Task,
     Raises:
         InputError: an unknown task, one asked for twice, or one with fewer documents.
     """
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"task {name} is asked for {names.count(name)} times: once is right")
     with _quiet_lm_eval():
         manager = _manager(names, {"documents": documents, "seed": seed})
         try:
@@ -119,13 +124,20 @@ def _manager(names: Sequence[str], metadata: dict[str, Any]) -> TaskManager:
     ours = TaskManager(include_path=str(tasks_dir()), include_defaults=False, metadata=metadata)
     if all(name in ours.all_tasks for name in names):
         return ours
+    for name in names:
+        if name.startswith(PREFIX):
+            _refuse_unknown(name, ours.all_tasks, ours)
     every = TaskManager(include_path=str(tasks_dir()), metadata=metadata)
     for name in names:
-        if name not in every.all_tasks:
-            close = get_close_matches(name, every.all_tasks, 1) or [n for n in ours.all_tasks if name in n]
-            known = f"did you mean {close[0]}?" if close else f"tasks here: {', '.join(ours.all_subtasks)}"
-            raise InputError(f"unknown task {name}; {known}")
+        _refuse_unknown(name, every.all_tasks, ours)
     return every
+
+
+def _refuse_unknown(name: str, known: Sequence[str], ours: TaskManager) -> None:
+    if name not in known:
+        close = get_close_matches(name, known, 1) or [n for n in ours.all_tasks if name in n]
+        hint = f"did you mean {close[0]}?" if close else f"tasks here: {', '.join(ours.all_subtasks)}"
+        raise InputError(f"unknown task {name}; {hint}")
 
 
 def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,12 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, as its index lists them. Raises InputError where one is missing."""
     index = directory / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.exists():
+        listed = _read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise InputError(f"{index} has no weight_map: it must say which file holds which tensor")
+        names = sorted(set(listed.values()))
     for name in names:
         if not (directory / name).is_file():
             raise InputError(f"{directory} lacks the weights file {name}")
@@ -83,13 +89,15 @@ def load(
     Raises:
         InputError: the checkpoint, the candidate or the scales do not fit; nothing has been loaded.
     """
-    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+    from transformers import FineGrainedFP8Config
 
     wanted = Candidate.parse(candidate) if isinstance(candidate, str) else candidate
     directory = resolve_checkpoint(checkpoint)
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {place} was asked for and torch sees no GPU: use --device cpu")
+        raise InputError(f"device {place} was asked for and torch sees no GPU: device=cpu runs here")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {place} was asked for and torch sees {torch.cuda.device_count()} GPUs")
     compute = dtype if dtype is not None else torch.bfloat16 if place.type == "cuda" else torch.float32
     rounding = torch.bfloat16 if dtype is None and place.type == "cpu" else None
     if wanted.scales == "calibrated" and scales is None:
@@ -104,7 +112,7 @@ def load(
         options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    model = AutoModelForCausalLM.from_pretrained(directory, **options).to(place).eval()
+    model = _weights_of(directory, options).to(place).eval()
     return graft(model, wanted, scales=scales, rounding=rounding)
 
 
@@ -122,12 +130,46 @@ def graft(
     return model
 
 
+def _weights_of(directory: Path, options: dict[str, Any]) -> Any:
+    """The model as transformers loads it; a tensor that is missing or of another shape is refused.
+
+    transformers would fill it with random numbers and warn, in a table that says less than one line here.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{directory}/config.json is no configuration of a model: {error}") from None
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    finally:
+        logger.setLevel(level)
+    if found["mismatched_keys"]:
+        name, stored, wanted = min(found["mismatched_keys"])
+        raise InputError(
+            f"{directory} stores {name} as {list(stored)}, and its config.json makes it {list(wanted)}"
+        )
+    if missing := sorted(found["missing_keys"]):
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{directory} lacks the tensor {missing[0]}{others}, which its config.json calls for"
+        )
+    return model
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(file.read_text())
     except FileNotFoundError:
         raise InputError(f"{file.parent} is not a checkpoint: it has no {file.name}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise InputError(f"{file} holds a {type(parsed).__name__}, not an object")

@@ -6,7 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from evalkit.records import EnvironmentRecord, Record, RunDirectory, TaskRecord, only, read
+from evalkit.records import EnvironmentRecord, Record, RunDirectory, TaskRecord, only, read, write_whole
 from evalkit.report import plots, tables
 
 
@@ -17,7 +17,7 @@ def write(run: Path) -> Path:
         InputError: `run` is not a run directory that this version reads.
     """
     path = run / "report.html"
-    path.write_text(render(RunDirectory(run), read(run)), encoding="utf-8")
+    write_whole(path, render(RunDirectory(run), read(run)))
     return path
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from evalkit.records import EnvironmentRecord, Record, RunDirectory, only, read
+from evalkit.records import EnvironmentRecord, Record, RunDirectory, only, read, write_whole
 from evalkit.report import tables
 from evalkit.report.tables import Table
 
@@ -15,7 +15,7 @@ def write(run: Path) -> Path:
         InputError: `run` is not a run directory that this version reads.
     """
     path = run / "summary.md"
-    path.write_text(render(RunDirectory(run), read(run)), encoding="utf-8")
+    write_whole(path, render(RunDirectory(run), read(run)))
     return path
 
 
