@@ -102,7 +102,10 @@ def command_line(argv: Sequence[str]) -> str:
 
 def _packages() -> dict[str, str]:
     installed = {name: _version(name) for name in (*PACKAGES, *KERNEL_PACKAGES)}
-    return {"evalkit": __version__, **{name: version for name, version in installed.items() if version is not None}}
+    return {
+        "evalkit": __version__,
+        **{name: version for name, version in installed.items() if version is not None},
+    }
 
 
 def _version(name: str) -> str | None:

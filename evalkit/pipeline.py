@@ -139,7 +139,7 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
     model = prepared.model
     dtype = str(model.dtype).removeprefix("torch.")
     if model.evalkit.rounding is not None:
-        dtype += ", query, rows and attention output rounded to bfloat16"
+        dtype += " (query, rows and attention output rounded to bfloat16)"
     now = environment.collect(prepared.checkpoint, str(model.device), dtype, directory.command)
     if directory.done("environment"):
         _refuse_other(directory, now, prepared.candidates)

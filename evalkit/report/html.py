@@ -1,10 +1,11 @@
 """report.html: one file that opens anywhere, without a network."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from evalkit.records import EnvironmentRecord, Record, RunDirectory, TaskRecord, only, read, write_whole
 from evalkit.report import plots, tables
@@ -21,17 +22,26 @@ def write(run: Path) -> Path:
     return path
 
 
+def breakable(text: str) -> Markup:
+    """A name that a narrow column may break at its joints: `fp8_e4m3:one@reference` before `@`."""
+    joints = re.compile(r"([@+_:])")
+    return Markup("").join(
+        Markup("<wbr>") + part if joints.fullmatch(part) else escape(part) for part in joints.split(text)
+    )
+
+
 def render(run: RunDirectory, records: Sequence[Record]) -> str:
     """The page as text."""
     views, losses = plots.layer_views(records), plots.loss_points(records)
-    page = Environment(
+    environment = Environment(
         loader=PackageLoader("evalkit.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("report.html.j2")
-    return page.render(
+    )
+    environment.filters["breakable"] = breakable
+    return environment.get_template("report.html.j2").render(
         name=run.path.name,
         command=run.command,
         started=run.started_utc,
@@ -40,7 +50,12 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         first=[table for table in (tables.candidates(records), tables.tasks(records)) if table.rows],
         more=[
             table
-            for table in (tables.rungs(records), tables.tokens(records), tables.selection(records))
+            for table in (
+                tables.rungs(records),
+                tables.tokens(records),
+                tables.selection(records),
+                tables.scoring(records),
+            )
             if table.rows
         ],
         folded=[table for table in (tables.ranges(records), tables.probes(records)) if table.rows],

@@ -74,8 +74,9 @@ def candidates(records: Sequence[Record]) -> Table:
         key="candidates",
         title="Candidates",
         caption=(
-            "Relative L2 of the attention output against the reference at its worst layer; mean KL divergence of the "
-            "next token in nats (tokens); loss of score in points against the baseline, with its interval."
+            "Relative L2 of the attention output against the reference at its worst layer, and mean KL divergence of the "
+            "next token in nats over n tokens, both in decode where there is one"
+            + ("; loss of score in points against the baseline, with its interval." if names else ".")
         ),
         columns=(
             "candidate",
@@ -145,7 +146,7 @@ def probes(records: Sequence[Record]) -> Table:
     return Table(
         key="probes",
         title="Every probe",
-        caption="Candidate against reference at every probe; positions are query tokens; SQNR in dB.",
+        caption="Candidate against reference at every probe, over n values; positions are query tokens; SQNR in dB.",
         columns=(
             "candidate", "phase", "mode", "probe", "frozen", "layer", "relative L2", "cosine", "1−2⟨x,y⟩/(‖x‖²+‖y‖²)", "SQNR dB",
             "max |error|", "at token", "got", "reference", "|error| p50", "p99", "p99.9", "per token, mean", "non-finite", "n",
@@ -184,7 +185,7 @@ def rungs(records: Sequence[Record]) -> Table:
         title="Where it arises",
         caption=(
             "Relative L2. Format: exact attention on the candidate's rows against the reference. Kernel: the candidate's kernel "
-            "against exact attention on the same rows. Floors: bf16 against itself."
+            "against exact attention on the same rows. Floors: bf16 against itself. All over n values."
         ),
         columns=("candidate", "phase", "mode", "probe", "layer", "format", "kernel", "total", *kinds, "n"),
         rows=tuple(rows),
@@ -258,20 +259,40 @@ def tasks(records: Sequence[Record]) -> Table:
             "(baseline right, candidate wrong) and gained; exact McNemar p. A loss whose interval holds zero is not a finding."
         ),
         columns=(
-            "task", "candidate", "n", "score", "loss, points", "lost", "gained", "McNemar p", "baseline", "interval by", "metric",
-            "mean context", "over top-k", "seconds",
+            "task", "candidate", "n", "score", "loss, points", "lost", "gained", "McNemar p",
         ),
         rows=tuple(
             (
                 r.task, r.candidate, f"{r.n:,}", f"{share(r.score)} {interval(r.score_lower, r.score_upper)}", _loss(r),
                 NA if r.lost is None else str(r.lost), NA if r.gained is None else str(r.gained),
-                NA if r.mcnemar_p is None else f"{r.mcnemar_p:.3g}", f"{share(r.baseline_score)} {r.baseline}", r.interval_method,
-                f"{r.metric} ({r.filter})", NA if r.mean_context_tokens is None else f"{r.mean_context_tokens:,.0f} tokens",
-                share(r.share_over_topk), f"{r.wall_s:.1f}",
+                NA if r.mcnemar_p is None else f"{r.mcnemar_p:.3g}",
             )
             for r in sorted(_ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
         ),
         text_columns=2,
+    )  # fmt: skip
+
+
+def scoring(records: Sequence[Record]) -> Table:
+    """How each row of `tasks` was scored, and against what."""
+    return Table(
+        key="scoring",
+        title="How tasks were scored",
+        caption=(
+            "What each score was held against; the mean number of tokens before the scored ones; the share of scored tokens with "
+            "more context than top-k, for which the indexer had to choose; wall time."
+        ),
+        columns=(
+            "task", "candidate", "against", "metric", "interval by", "its score", "mean context, tokens", "over top-k", "seconds",
+        ),
+        rows=tuple(
+            (
+                r.task, r.candidate, r.baseline, f"{r.metric} ({r.filter})", r.interval_method, share(r.baseline_score),
+                NA if r.mean_context_tokens is None else f"{r.mean_context_tokens:,.0f}", share(r.share_over_topk), f"{r.wall_s:.1f}",
+            )
+            for r in sorted(_ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
+        ),
+        text_columns=5,
     )  # fmt: skip
 
 
@@ -386,4 +407,6 @@ def _mark(record: LayerRecord) -> str:
 
 
 def _n_of(counts: Sequence[int]) -> str:
-    return "" if not counts else f", n = {counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
+    """How many values were compared, since layers may differ."""
+    most = f" to {counts[-1]:,}" if len(counts) > 1 else ""
+    return f", n = {counts[0]:,}{most} values" if counts else ""

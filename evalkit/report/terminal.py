@@ -13,7 +13,7 @@ from evalkit.report import tables
 from evalkit.report.tables import Table
 
 # Columns that summary.md and report.html have room for.
-LEFT_TO_FILES = ("loss:", "baseline", "interval", "metric", "mean context", "over top-k", "seconds")
+LEFT_TO_FILES = ("loss:",)
 
 
 def show(run: Path, console: Console | None = None) -> None:

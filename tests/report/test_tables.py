@@ -62,6 +62,7 @@ def test_every_record_has_its_row(run: RunDirectory):
     assert len(tables.selection(records).rows) == 4 * 4 * 2
     assert len(tables.ranges(records).rows) == 4 * 4 * 2
     assert len(tables.tasks(records).rows) == 8
+    assert len(tables.scoring(records).rows) == 8
     assert len(tables.tokens(records).rows) == 4
     assert len(tables.provenance(records).rows) == 4
 
@@ -70,7 +71,7 @@ def test_every_record_has_its_row(run: RunDirectory):
     "make",
     [
         tables.candidates, tables.provenance, tables.layers, tables.probes, tables.rungs, tables.selection, tables.ranges,
-        tables.tokens, tables.tasks, tables.environment,
+        tables.tokens, tables.tasks, tables.scoring, tables.environment,
     ],
 )  # fmt: skip
 def test_rows_are_as_wide_as_their_heading(make, run: RunDirectory):
