@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evalkit.errors import InputError
 from evalkit.kv import pages
-from evalkit.kv.scales import IDENTITY, ReadScale, Scales
+from evalkit.kv.scales import IDENTITY, ReadScale, Scales, calibrate
 from evalkit.registry import Registry
 
 
@@ -25,7 +25,8 @@ class RowFormat(ABC):
     """One way to store a token: `row_bytes` bytes in all, its own scales included.
 
     `value_dim` leading elements of what `load` returns are what attention sums. `uses_scales` is True where
-    `Scales.latent` or `Scales.rope` change the bytes.
+    `Scales.latent` or `Scales.rope` change the bytes. `four_bit` is True where the latent is e2m1: coarse, and without
+    a code for NaN.
     """
 
     name: str
@@ -34,6 +35,7 @@ class RowFormat(ABC):
     rope_dim: int = 64
     value_dim: int = 512
     uses_scales: bool = False
+    four_bit: bool = False
 
     @abstractmethod
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
@@ -41,7 +43,10 @@ class RowFormat(ABC):
 
     @abstractmethod
     def decode(self, rows: Tensor, scales: Scales, read_scale: ReadScale) -> tuple[Tensor, Tensor]:
-        """What rows [T, row_bytes] uint8 hold: latent [T, C], rope [T, R] float32; scales pass through `read_scale`."""
+        """What rows [T, row_bytes] uint8 hold: latent [T, C], rope [T, R] float32.
+
+        float32 scales, stored or given, pass through `read_scale`.
+        """
 
     @abstractmethod
     def planes(self, cache: Tensor) -> Any:
@@ -50,6 +55,14 @@ class RowFormat(ABC):
     def byte_planes(self, cache: Tensor) -> tuple[Tensor, ...]:
         """The cache as uint8 [N, width] planes, whose widths add up to a row in `encode`'s order."""
         return (pages.rows_of(cache, self.row_bytes),)
+
+    def calibrate(self, latent_amax: float, rope_amax: float) -> Scales:
+        """The per-tensor scales that suit tokens of these max|x|.
+
+        Raises:
+            InputError: an amax is negative or not finite, or both are zero.
+        """
+        return calibrate(latent_amax, rope_amax)
 
     def allocate(self, slots: int, page_size: int = 64, device: str | torch.device = "cpu") -> Tensor:
         """A zeroed cache, uint8 [pages, page_bytes], of at least that many slots.
@@ -102,6 +115,26 @@ class RowFormat(ABC):
                 raise InputError(
                     f"{self.name}: {what} on {tensor.device}, cache on {cache.device}: one device is right"
                 )
+
+
+class PlanarFormat(RowFormat):
+    """A format whose kernel wants each part of a row contiguous over all slots: a cache is one page of planes.
+
+    `plane_bytes` are the parts' bytes per token, in `encode`'s order.
+    """
+
+    plane_bytes: tuple[int, ...]
+
+    def allocate(self, slots: int, page_size: int = 64, device: str | torch.device = "cpu") -> Tensor:
+        """One page of exactly that many slots, whatever the page size asked for."""
+        return super().allocate(slots, page_size=max(slots, 1), device=device)
+
+    def byte_planes(self, cache: Tensor) -> tuple[Tensor, ...]:
+        slots = len(pages.rows_of(cache, self.row_bytes))
+        if len(cache) != 1:
+            raise InputError(f"{self.name}: a cache of {len(cache)} pages: its planes need exactly one")
+        parts = cache.view(-1).split_with_sizes([slots * width for width in self.plane_bytes])
+        return tuple(part.view(slots, width) for part, width in zip(parts, self.plane_bytes, strict=True))
 
 
 formats: Registry[RowFormat] = Registry("KV format")

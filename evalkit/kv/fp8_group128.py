@@ -9,9 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evalkit.errors import InputError
-from evalkit.kv import pages
-from evalkit.kv.base import RowFormat, as_bytes, formats
+from evalkit.kv.base import PlanarFormat, as_bytes, formats
 from evalkit.kv.e4m3 import (
     as_tiles,
     constant,
@@ -33,8 +31,9 @@ class Planes(NamedTuple):
 
 
 @formats.register
-class Fp8Group128(RowFormat):
+class Fp8Group128(PlanarFormat):
     name, row_bytes, uses_scales = "fp8_group128", 592, True
+    plane_bytes = (512, 64, 16)
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         tiles = as_tiles(latent)
@@ -42,20 +41,9 @@ class Fp8Group128(RowFormat):
         return as_bytes(encode_tiles(tiles, scale), to_e4m3(divide(rope.float(), scales.rope)), scale)
 
     def decode(self, rows: Tensor, scales: Scales, read_scale: ReadScale) -> tuple[Tensor, Tensor]:
-        codes, rope, scale = rows.split_with_sizes([512, 64, 16], -1)
+        codes, rope, scale = rows.split_with_sizes(self.plane_bytes, -1)
         latent = decode_tiles(codes.view(torch.float8_e4m3fn), read_scale(scale.view(torch.float32)))
         return latent, rope.view(torch.float8_e4m3fn).float() * read_scale(constant(scales.rope, rows))
-
-    def allocate(self, slots: int, page_size: int = 64, device: str | torch.device = "cpu") -> Tensor:
-        """One page of exactly that many slots, whatever the page size asked for."""
-        return super().allocate(slots, page_size=max(slots, 1), device=device)
-
-    def byte_planes(self, cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        slots = len(pages.rows_of(cache, self.row_bytes))
-        if len(cache) != 1:
-            raise InputError(f"{self.name}: a cache of {len(cache)} pages: its planes need exactly one")
-        latent, rope, scale = cache.view(-1).split_with_sizes([slots * 512, slots * 64, slots * 16])
-        return latent.view(slots, 512), rope.view(slots, 64), scale.view(slots, 16)
 
     def planes(self, cache: Tensor) -> Planes:
         latent, rope, scale = self.byte_planes(cache)

@@ -38,6 +38,11 @@ def test_values_come_back_from_the_slots_they_went_to(row_format: RowFormat, row
         assert got.dtype == torch.float32
         # Half a step of e4m3 is 2^-4 of a value; a subnormal's is 2^-10 of the scale.
         limit = ref.abs() * 2**-4 + 2**-10 * max(SCALES.latent, SCALES.rope)
+        if row_format.four_bit and got.shape[1] == 512:
+            # Half of e2m1's widest step is 1/6 of the group's largest, its scale's rounding 1/8 of that again. A group
+            # loses all of it where its scale rounds to zero.
+            largest = ref.unflatten(-1, (-1, 16)).abs().amax(-1).repeat_interleave(16, -1)
+            limit = largest * (1 / 6 + 1 / 48) + 6 * 2**-10 * SCALES.latent
         assert bool(((got - ref).abs() <= limit).all())
 
 
@@ -121,18 +126,19 @@ def test_nan_is_not_stored_as_a_number(row_format: RowFormat, bad: float) -> Non
     got_latent, got_rope = row_format.load(stored(row_format, slots, (latent, rope)), slots, SCALES)
     assert bool(got_latent[0].isfinite().all())
     assert bool(got_rope[0].isfinite().all())
-    for value in (got_latent[1, 200], got_rope[1, 20]):
-        if bad != bad:
-            assert bool(value.isnan())
-        else:
+    for value, has_nan in ((got_latent[1, 200], not row_format.four_bit), (got_rope[1, 20], True)):
+        if bad == bad:
             assert not abs(value) < 448
+        elif has_nan:
+            assert bool(value.isnan())
 
 
 def test_a_tile_of_nothing_but_nan_stays_nan(row_format: RowFormat) -> None:
     slots = torch.tensor([0])
     cache = stored(row_format, slots, (torch.full((1, 512), torch.nan), torch.full((1, 64), torch.nan)))
-    for part in row_format.load(cache, slots, SCALES):
-        assert bool(part.isnan().all())
+    latent, rope = row_format.load(cache, slots, SCALES)
+    assert bool(rope.isnan().all())
+    assert bool(latent.isnan().all()) != row_format.four_bit
 
 
 def test_a_row_is_row_bytes_and_no_more(row_format: RowFormat, rows: Row) -> None:
@@ -153,7 +159,10 @@ def test_loaded_values_survive_another_round_trip(row_format: RowFormat, rows: R
     twice = row_format.load(stored(row_format, slots, once), slots, SCALES)
     for got, ref in zip(twice, once, strict=True):
         # Dividing 448 * scale by 448 may miss a scale that is no power of two by an ulp.
-        torch.testing.assert_close(got, ref, rtol=2**-22, atol=0)
+        changed = ~torch.isclose(got, ref, rtol=2**-22, atol=0)
+        # A group of e2m1 whose largest value was lowered gets another scale: 1.2 and 1.3 % of these latents change.
+        limit = 0.015 if row_format.four_bit and got.shape[1] == 512 else 0
+        assert float(changed.float().mean()) <= limit
 
 
 def test_planes_share_memory_with_the_cache(row_format: RowFormat, rows: Row) -> None:

@@ -4,28 +4,11 @@ import numpy as np
 import torch
 
 from evalkit.kv.e4m3 import divide, power_of_two_scale, tile_amax, to_e4m3
-
-
-def code_values() -> np.ndarray:
-    """The value of each code 0x00..0x7E: 4 exponent bits with bias 7, 3 mantissa bits; 0x7F is NaN."""
-    code = np.arange(0x7F)
-    exponent, mantissa = code >> 3, code & 7
-    return np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-
-
-def encode_by_table(values: np.ndarray) -> np.ndarray:
-    """Nearest code, ties to the even one, saturating."""
-    table = code_values()
-    magnitude = np.minimum(np.abs(values.astype(np.float64)), 448.0)
-    above = np.searchsorted(table, magnitude)
-    below = np.maximum(above - 1, 0)
-    to_above, to_below = table[above] - magnitude, magnitude - table[below]
-    up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
-    return (np.where(up, above, below) | (np.signbit(values) << 7)).astype(np.uint8)
+from tests.kv.codes import E4M3, encode
 
 
 def test_every_code_ties_and_neighbours_encode_as_the_table_says():
-    table = code_values().astype(np.float32)
+    table = E4M3.astype(np.float32)
     ties = (table[1:] + table[:-1]) / 2
     exact = np.concatenate([table, ties])
     values = np.concatenate(
@@ -33,19 +16,19 @@ def test_every_code_ties_and_neighbours_encode_as_the_table_says():
     )
     values = np.concatenate([values, -values, np.float32([449, 464, 465, 1e4, 3e38, np.inf, 1e-30])])
     got = to_e4m3(torch.from_numpy(values)).view(torch.uint8).numpy()
-    np.testing.assert_array_equal(got, encode_by_table(values))
+    np.testing.assert_array_equal(got, encode(values, E4M3))
 
 
 def test_random_values_encode_as_the_table_says():
     generator = torch.Generator().manual_seed(2)
     values = torch.randn(20_000, generator=generator) * torch.logspace(-4, 4, 20_000)
     got = to_e4m3(values).view(torch.uint8).numpy()
-    np.testing.assert_array_equal(got, encode_by_table(values.numpy()))
+    np.testing.assert_array_equal(got, encode(values.numpy(), E4M3))
 
 
 def test_codes_decode_as_the_table_says():
     codes = torch.arange(0x7F, dtype=torch.uint8)
-    np.testing.assert_array_equal(codes.view(torch.float8_e4m3fn).float().numpy(), code_values())
+    np.testing.assert_array_equal(codes.view(torch.float8_e4m3fn).float().numpy(), E4M3)
 
 
 def test_nan_encodes_as_nan():

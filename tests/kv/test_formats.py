@@ -68,6 +68,33 @@ FP32_CODES = [
 ]
 FP32_SCALES = ("0000803f 0000803b b76ddb3b 6edb0e40", 16)
 
+# Outer scale 2. Largest values 224, 0.875, 1.5 and 500 make scales, rounded up from a sixth, of 40 = 0x62 (from 37.3),
+# 0.15625 = 0x22 (from 0.1458), 0.25 = 0x28 and 88 = 0x6b (from 83.3), those of groups 0, 8, 16, 24 at bytes 0, 2, 4, 6;
+# a group of zeros has 2^-9 = 0x01. Low nibble first: 6 and -0 (from 5.6, -0.0125); 6, -1.5, 0.5 (from 5.6, -1.6, 0.7);
+# 6, -4, 3; -6, 0, 3 (from -5.68, 0.097, 2.84). The rope's 600 saturates at 448 = 0x7e.
+NVFP4_DS_MLA = [
+    ("87 00", 64),
+    ("b7 01", 64),
+    ("e7 05", 64),
+    ("0f 05", 64),
+    ("34 c6 7e", 64),
+    ("62 01 22 01 28 01 6b 01" + " 01" * 24, 32),
+]
+# Global scale 2. Sixths of the largest halves rounded to the nearest: 36 = 0x61 (from 37.3), 0.140625 = 0x21 (from
+# 0.1458), 0.25 = 0x28 and 80 = 0x6a (from 83.3), in order; a group of zeros has 0. Codes: 6 and -0 (from 6.2, -0.014);
+# 6, -2, 1 (from 6.2, -1.78, 0.78); 6, -4, 3; -6, 0, 3 (from -6.25, 0.11, 3.125).
+NVFP4_FLASHINFER = [
+    ("87 00", 64),
+    ("c7 02", 64),
+    ("e7 05", 64),
+    ("0f 05", 64),
+    ("61", 8),
+    ("21", 8),
+    ("28", 8),
+    ("6a", 8),
+    ("24 b6 71", 64),
+]
+
 WORKED = {
     "fp32": FP32,
     "bf16": BF16,
@@ -75,12 +102,14 @@ WORKED = {
     "fp8_ds_mla": [*POW2_CODES, POW2_SCALES, BF16_ROPE],
     "fp8_ds_mla_fp32scale": [*FP32_CODES, FP32_SCALES, BF16_ROPE],
     "fp8_group128": [*POW2_CODES, ("24 b6 71", 64), POW2_SCALES],
+    "nvfp4_ds_mla": NVFP4_DS_MLA,
+    "nvfp4_flashinfer": NVFP4_FLASHINFER,
 }
 
 
 @pytest.mark.parametrize("name", kv.names())
 def test_a_row_has_the_bytes_worked_out_by_hand(name: str):
-    """Slot 2 of two-slot pages is row 2 of the cache; fp8_group128 has each part at slot * width of its plane."""
+    """Slot 2 of two-slot pages is row 2 of the cache; a planar format has each part at slot * width of its plane."""
     row_format = kv.get(name)
     cache = row_format.allocate(4, page_size=2)
     row_format.store(cache, torch.tensor([2]), *worked_row(), Scales(latent=2.0, rope=4.0))
@@ -88,7 +117,7 @@ def test_a_row_has_the_bytes_worked_out_by_hand(name: str):
     expected = padded(WORKED[name])
     assert len(expected) == row_format.row_bytes
     assert torch.cat(planes).numpy().tobytes() == expected
-    if name != "fp8_group128":
+    if len(planes) == 1:
         assert cache.flatten().numpy().tobytes() == bytes(2 * len(expected)) + expected + bytes(len(expected))
 
 
@@ -107,6 +136,60 @@ def test_group_planes_lie_one_after_another_in_one_page():
         row_format.planes(torch.zeros(2, 592, dtype=torch.uint8))
 
 
+def test_flashinfers_nvfp4_planes_lie_one_after_another_in_one_page():
+    row_format = kv.get("nvfp4_flashinfer")
+    cache = row_format.allocate(3, page_size=64)
+    row_format.store(cache, torch.tensor([1]), *worked_row(), Scales(latent=2.0, rope=4.0))
+    latent, scale, rope = (padded(NVFP4_FLASHINFER[part]) for part in (slice(4), slice(4, 8), slice(8, 9)))
+    expected = bytes(256) + latent + bytes(256) + bytes(32) + scale + bytes(32) + bytes(64) + rope + bytes(64)
+    assert cache.flatten().numpy().tobytes() == expected
+    planes = row_format.planes(cache)
+    assert [(tuple(plane.shape), plane.dtype) for plane in planes] == [
+        ((3, 256), torch.uint8),
+        ((3, 32), torch.float8_e4m3fn),
+        ((3, 64), torch.float8_e4m3fn),
+    ]
+    assert planes.scale[1, ::8].float().tolist() == [36.0, 0.140625, 0.25, 80.0]
+
+
+def test_nvfp4_ds_mla_scales_lie_in_transposed_order():
+    """Groups 0, 1, 2, 3, 4 have theirs at bytes 0, 8, 16, 24, 1."""
+    row_format = kv.get("nvfp4_ds_mla")
+    cache = row_format.allocate(1)
+    codes = torch.arange(0x20, 0x40, dtype=torch.uint8)  # e4m3 from 2^-3 on
+    scale = codes.view(torch.float8_e4m3fn).float()
+    row_format.store(
+        cache, torch.tensor([0]), (6 * scale).repeat_interleave(16)[None], torch.zeros(1, 64), ONE
+    )
+    stored = row_format.planes(cache).rows[0, 0, 320:]
+    assert [int(stored[8 * (s & 3) + (s >> 2)]) for s in range(32)] == codes.tolist()
+    assert stored[:3].tolist() == [0x20, 0x24, 0x28]
+    assert torch.equal(row_format.load(cache, torch.tensor([0]), ONE)[0][0, ::16], 6 * scale)
+
+
+def test_nvfp4_stores_nan_as_its_writers_do():
+    """As the group's largest value, or as zero: a number, in either."""
+    latent = torch.ones(1, 512)
+    latent[0, 3] = torch.nan
+    assert round_trip("nvfp4_ds_mla", latent)[0, 3].item() == 6 * 0.171875  # a sixth, rounded up
+    assert round_trip("nvfp4_flashinfer", latent)[0, 3].item() == 0
+
+
+def test_an_outer_scale_lifts_a_quiet_layer_out_of_the_subnormal_scales():
+    """Without one, a sixth of 0.002 lies below the smallest scale there is."""
+    latent = torch.randn(64, 512, generator=torch.Generator().manual_seed(6))
+    latent *= 0.002 / latent.abs().max()
+    for name in ("nvfp4_ds_mla", "nvfp4_flashinfer"):
+        calibrated = kv.get(name).calibrate(float(latent.abs().max()), 1.0)
+        assert calibrated.latent == pytest.approx(0.002 / (6 * 448))
+        errors = [float((round_trip(name, latent, s) - latent).norm()) for s in (ONE, calibrated)]
+        assert errors[1] < errors[0] / 2
+        assert errors[1] < 0.11 * float(latent.norm())
+    assert kv.get("nvfp4_ds_mla").calibrate(0.0, 448.0).rope == 1
+    assert kv.get("nvfp4_flashinfer").calibrate(1.0, 896.0).rope == 2
+    assert kv.get("fp8_e4m3").calibrate(1.0, 896.0) == Scales(latent=2.0, rope=2.0)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [
@@ -115,6 +198,7 @@ def test_group_planes_lie_one_after_another_in_one_page():
         ("fp8_e4m3", (8, 576), torch.float8_e4m3fn),
         ("fp8_ds_mla", (2, 4, 656), torch.uint8),
         ("fp8_ds_mla_fp32scale", (2, 4, 656), torch.uint8),
+        ("nvfp4_ds_mla", (2, 4, 352), torch.uint8),
     ],
 )
 def test_planes_are_what_the_kernels_take(name: str, shape: tuple[int, ...], dtype: torch.dtype):
