@@ -2,7 +2,7 @@
 
 Three kinds, recorded apart as rungs: `floor:kernel` (another kernel reads the same bf16 rows), `floor:batch`
 (the same tokens in steps of another size) and `floor:noise` (latent and rope times 1 + u, u uniform within
-2^-9, half a unit in bf16's last place).
+2^-9, half a unit in bf16's last place, and stored as bf16: dithered where the model computes in bf16).
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def row_noise(layer: nn.Module, size: float, seed: int) -> Iterator[None]:
 
     def noisy(x: Tensor) -> Tensor:
         u = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-        return (x.float() * (1 + size * (2 * u - 1))).to(x.dtype)
+        disturbed = x.float() * (1 + size * (2 * u - 1))
+        return _dithered(disturbed, generator) if x.dtype == torch.bfloat16 else disturbed.to(x.dtype)
 
     def on_latent(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
         return noisy(out)
@@ -85,6 +86,17 @@ def row_noise(layer: nn.Module, size: float, seed: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _dithered(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> bf16, up or down with the probability that keeps the mean.
+
+    Noise of up to half a unit in the last place on what is bf16 already would round back to where it came from.
+    """
+    low = torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    # The dropped bits carry into the kept ones; what is not finite must not turn into something else on the way.
+    rounded = ((x.view(torch.int32) + low) & -(1 << 16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).bfloat16()
 
 
 def multiple(total: LayerRecord, floor: LayerRecord | None) -> float | None:

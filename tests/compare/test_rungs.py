@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +94,29 @@ def test_row_noise_is_of_its_size_repeats_with_its_seed_and_ends_with_its_block(
     assert torch.equal(runs[0][:, :512], clean[:, :512]), "the latent is disturbed after its norm"
     relative = ((runs[0] - clean) / clean)[:, 512:].abs()
     assert HALF_ULP / 2 < float(relative.max()) <= HALF_ULP * 1.01
+
+
+def test_row_noise_of_half_a_unit_survives_a_model_that_computes_in_bf16():
+    """Rounded to nearest, every value goes back to where it was and the floor reads zero."""
+    attention = torch.nn.Module()
+    attention.kv_a_layernorm = torch.nn.LayerNorm(512)
+    attention.kv_a_proj_with_mqa = torch.nn.Linear(64, 576)
+    layer = torch.nn.Module()
+    layer.self_attn = attention
+    layer.bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 512, generator=generator).bfloat16()
+    x[0, :2] = torch.tensor([math.nan, math.inf])
+    with torch.no_grad():
+        clean = attention.kv_a_layernorm(x[1:])
+        with row_noise(layer, HALF_ULP, seed=1):
+            got, broken = attention.kv_a_layernorm(x[1:]), attention.kv_a_layernorm(x[:1])
+    error, size = (got - clean).double(), clean.double()
+    # What float32 values, uniform within half a unit, differ by once both are rounded: half the noise times a unit.
+    assert 1.5e-3 < float(error.norm() / size.norm()) < 3e-3
+    assert abs(float((error * size).sum() / size.square().sum())) < 1e-4, "the noise has no mean"
+    assert bool(((error / size).abs()[size != 0] <= 2.0**-7 + HALF_ULP).all()), "one unit at most"
+    assert bool(broken.isnan().all()), "what is not finite stays so"
 
 
 def test_without_another_kernel_every_backend_says_why(model: Any):
