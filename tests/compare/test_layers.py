@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from evalkit import kv
 from evalkit.candidate import Candidate
 from evalkit.compare import layers
 from evalkit.compare.arms import FROZEN, REFERENCE, Subject
@@ -221,6 +222,29 @@ def test_a_nan_in_the_rows_is_counted_and_does_not_stop_the_run(model: Any, docu
     assert latent
     assert all(r.nonfinite > 0 and r.n == 0 and r.relative_l2 is None for r in latent)
     assert all(r.nonfinite == 0 for r in of(records, REFERENCE))
+    assert all(to_line(record) for record in records)
+
+
+def test_a_candidate_that_stores_nan_is_counted_and_does_not_stop_the_run(
+    model: Any, documents: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    """The kernel gap's reference is attention over the candidate's own rows, which is then not finite."""
+    stored = kv.get("fp8_ds_mla")
+    encode = stored.encode
+
+    def damaged(latent: torch.Tensor, rope: torch.Tensor, scales: Scales) -> torch.Tensor:
+        latent = latent.clone()
+        latent[len(latent) // 2, 3] = math.nan
+        return encode(latent, rope, scales)
+
+    monkeypatch.setattr(stored, "encode", damaged)
+    records = list(compare(model, documents[:1], [DS_MLA], decode_tokens=4, floors=()))
+    for probe, rung in (("latent", "total"), ("attention", "format"), ("attention", "total")):
+        seen = [r for r in of(records, DS_MLA, rung) if (r.probe, r.phase) == (probe, "prefill")]
+        assert len({r.layer for r in seen}) == 3
+        assert all(r.nonfinite > 0 for r in seen), "one NaN in a row of each layer"
+    kernel = [r for r in of(records, DS_MLA, "kernel") if r.phase == "prefill"]
+    assert all((r.nonfinite, r.relative_l2) == (0, 0.0) and 0 < r.n < 92 * 4 * 512 for r in kernel)
     assert all(to_line(record) for record in records)
 
 
