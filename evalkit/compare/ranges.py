@@ -8,6 +8,8 @@ from typing import Final
 from torch import Tensor
 
 E4M3_MAX: Final = 448.0
+# A scale of max|x| / 448 is rounded to float32 at best: the largest value must not count as beyond it.
+BEYOND: Final = E4M3_MAX * (1 + 2.0**-22)
 E4M3_SMALLEST_NORMAL: Final = 2.0**-6
 # Half the smallest subnormal, 2^-9; the tie goes to even, which is zero.
 E4M3_ROUNDS_TO_ZERO: Final = 2.0**-10
@@ -56,7 +58,7 @@ class RangeAccumulator:
         scaled = size.double() / self.scale
         nonzero, small = size > 0, scaled < E4M3_SMALLEST_NORMAL
         to_zero = nonzero & (scaled <= E4M3_ROUNDS_TO_ZERO)
-        self.saturated += int((scaled > E4M3_MAX).sum())
+        self.saturated += int((scaled > BEYOND).sum())
         self.zero += int(to_zero.sum())
         self.subnormal += int((nonzero & small & ~to_zero).sum())
         self.n += values.numel()

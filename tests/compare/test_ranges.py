@@ -42,6 +42,15 @@ def test_a_scale_moves_the_range_and_chunks_add_up():
     assert found.headroom == pytest.approx(448 * 4 / 2000)
 
 
+def test_a_scale_calibrated_on_the_same_values_saturates_none():
+    """max|x| / (max|x| / 448) is an ulp above 448 for some of these."""
+    for largest in torch.linspace(0.01, 40, 500).bfloat16().float().tolist():
+        for scale in (largest / 448, float(torch.tensor(largest) / 448)):
+            ranges = RangeAccumulator(scale)
+            ranges.add(torch.tensor([largest, -largest, 0.0]))
+            assert ranges.result().saturated_share == 0, (largest, scale)
+
+
 def test_zeros_have_no_headroom():
     ranges = RangeAccumulator(scale=1.0)
     ranges.add(torch.zeros(5))
