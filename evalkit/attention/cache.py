@@ -122,7 +122,11 @@ class PagedLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.length = max(0, self.length - abs(tokens_to_remove))  # its blocks stay with their sequence
+        if tokens_to_remove > 0:  # what older transformers took as the length to keep
+            raise ValueError(
+                f"crop({tokens_to_remove}): a negative number is needed, of how many tokens to remove"
+            )
+        self.length = max(0, self.length + tokens_to_remove)  # its blocks stay with their sequence
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.take(beam_idx)

@@ -79,6 +79,14 @@ def test_a_cropped_cache_goes_on_from_where_it_was_cut(model: Any) -> None:
     assert close(again, logits(model, prompt())[:, 50:])
 
 
+def test_a_length_to_keep_is_not_taken_for_a_number_to_remove(model: Any) -> None:
+    cache = model.evalkit.new_cache()
+    logits(model, prompt(), past_key_values=cache)
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(40)
+    assert cache.get_seq_length() == 90
+
+
 def test_reordered_sequences_take_their_rows_and_padding_along_and_diverge(model: Any) -> None:
     ids = prompt()
     mask = torch.ones(2, 70, dtype=torch.long)
