@@ -1,0 +1,245 @@
+"""The main line on a small random checkpoint: what a run leaves behind, and what a killed one comes to."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evalkit import cli, pipeline
+from evalkit.config import RunConfig
+from evalkit.model.load import EMBEDDED
+from evalkit.records import (
+    CandidateRecord,
+    EnvironmentRecord,
+    LayerRecord,
+    RangeRecord,
+    Record,
+    RunDirectory,
+    SelectionRecord,
+    StageRecord,
+    TaskRecord,
+    TokenRecord,
+    only,
+    read_samples,
+)
+from evalkit.report import tables
+from tests.conftest import random_model
+
+CANDIDATES = [
+    "bf16@reference",
+    "fp8_e4m3:one@reference",
+    "fp8_e4m3:calibrated@reference",
+    "fp8_ds_mla@reference",
+]
+CONTROL = "bf16@reference, batches of 1"
+STAGES = [
+    "environment",
+    "layers",
+    *(f"tasks {name}" for name in (CANDIDATES[0], CONTROL, *CANDIDATES[1:])),
+    "report",
+]
+DOCUMENTS = 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These tensors are small: on busy cores two threads spend seconds waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    random_model(
+        vocab_size=1024, num_hidden_layers=2, max_position_embeddings=2048, index_topk=64
+    ).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / "dsa-nano" / name, directory)
+    return RunConfig(
+        name="small",
+        checkpoint=str(directory),
+        device="cpu",
+        layers_prompt_tokens=96,
+        layers_decode_tokens=3,
+        tasks=("evalkit_needle_1024",),
+        task_documents=DOCUMENTS,
+        batch_size=2,
+        out=tmp_path_factory.mktemp("out") / "runs",
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config: RunConfig) -> RunDirectory:
+    """A run that nothing disturbed."""
+    return RunDirectory(pipeline.run(config))
+
+
+def written(run: RunDirectory) -> dict[str, tuple[int, int]]:
+    return {
+        path.relative_to(run.path).as_posix(): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in run.path.rglob("*")
+        if path.is_file()
+    }
+
+
+def without_times(records: Sequence[Record]) -> list[dict[str, Any]]:
+    varying = ("wall_s", "started_utc", "command")
+    return [{key: value for key, value in asdict(r).items() if key not in varying} for r in records]
+
+
+def test_every_stage_is_recorded_in_its_order(run: RunDirectory):
+    assert [record.stage for record in only(run.read(), StageRecord)] == STAGES
+
+
+def test_records_of_every_kind_are_there_for_every_candidate(run: RunDirectory):
+    records = run.read()
+    assert len(only(records, EnvironmentRecord)) == 1
+    for kind in (CandidateRecord, LayerRecord, SelectionRecord, TokenRecord, TaskRecord):
+        assert list(dict.fromkeys(r.candidate for r in only(records, kind))) == CANDIDATES, kind
+    scaled = [name for name in CANDIDATES if ":" in name]
+    assert list(dict.fromkeys(r.candidate for r in only(records, RangeRecord))) == scaled
+    layers = only(records, LayerRecord)
+    assert {r.phase for r in layers} == {"prefill", "decode"}
+    assert {r.mode for r in layers} == {"isolated", "propagated"}
+    assert {r.rung for r in layers} >= {"total", "format", "kernel"}
+    assert {r.layer for r in layers} == {None, 0, 1}
+
+
+def test_bf16_differs_from_itself_nowhere_and_fp8_does(run: RunDirectory):
+    totals = {
+        name: [
+            r.relative_l2
+            for r in only(run.read(), LayerRecord)
+            if (r.candidate, r.probe, r.rung) == (name, "attention", "total")
+        ]
+        for name in CANDIDATES
+    }
+    assert set(totals[CANDIDATES[0]]) == {0.0}
+    for name in CANDIDATES[1:]:
+        assert all(0.005 < value < 0.2 for value in totals[name])
+
+
+def test_what_was_read_back_is_what_the_format_takes(run: RunDirectory):
+    for record in only(run.read(), CandidateRecord):
+        assert record.bytes_per_token_read_back == record.row_bytes_per_token
+
+
+def test_every_candidate_answered_the_same_documents(run: RunDirectory):
+    samples = read_samples(run.path)
+    asked = {
+        name: [(s.doc_id, s.prompt_sha256, s.target_sha256) for s in samples if s.candidate == name]
+        for name in (*CANDIDATES, CONTROL)
+    }
+    assert len(asked[CONTROL]) == DOCUMENTS
+    assert all(documents == asked[CONTROL] for documents in asked.values())
+    assert {r.n for r in only(run.read(), TaskRecord)} == {DOCUMENTS}
+
+
+def test_the_baseline_is_held_against_itself_in_other_batches(run: RunDirectory):
+    tasks = only(run.read(), TaskRecord)
+    assert [record.baseline for record in tasks] == [CONTROL, *[CANDIDATES[0]] * 3]
+
+
+def test_the_reports_show_what_was_recorded_with_bf16_first(run: RunDirectory):
+    records = run.read()
+    page = (run.path / "report.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    summary = (run.path / "summary.md").read_text(encoding="utf-8")
+    rows = tables.candidates(records).rows
+    assert [row[0] for row in rows] == CANDIDATES
+    for row in (*rows, *tables.tasks(records).rows, *tables.tokens(records).rows):
+        assert f"| {' | '.join(row)} |" in summary
+        for cell in row:
+            assert f">{cell}</td>" in page
+    assert page.index(">bf16@reference</td>") < page.index(">fp8_e4m3:one@reference</td>")
+    values = [r.relative_l2 for r in only(records, LayerRecord) if r.rung == "total" and r.layer == 1]
+    assert all(value is None or not value or json.dumps(value) in page for value in values)
+
+
+def test_a_run_that_has_ended_is_left_as_it_is(run: RunDirectory, monkeypatch: pytest.MonkeyPatch):
+    before = written(run)
+    monkeypatch.setattr(pipeline, "prepare", lambda config: pytest.fail("it was prepared again"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", "--resume", str(run.path)])
+    assert caught.value.code == 0
+    assert written(run) == before
+
+
+@pytest.mark.parametrize("stage", ["layers", f"tasks {CANDIDATES[1]}"])
+def test_a_run_killed_in_a_stage_goes_on_to_the_same_records(
+    stage: str, run: RunDirectory, config: RunConfig, tmp_path: Path
+):
+    """The kill comes when the stage has written some of its records, so that half a stage lies on disk."""
+    killed = RunDirectory.create(tmp_path, "killed", config.to_json(), "evalkit run")
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_IN, stage, str(killed.path)], stderr=subprocess.PIPE, text=True
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, err
+    assert [r.stage for r in only(killed.read(), StageRecord)] == STAGES[: STAGES.index(stage)]
+    assert list(killed.path.glob("*.jsonl.tmp"))
+
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", "--resume", str(killed.path)])
+    assert caught.value.code == 0
+    assert without_times(killed.read()) == without_times(run.read())
+    assert without_times(read_samples(killed.path)) == without_times(read_samples(run.path))
+    assert written(killed).keys() == written(run).keys()
+
+
+# Kills itself with the third record of a stage on disk: nothing is flushed, closed or tidied.
+KILLED_IN = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from evalkit import pipeline, records
+from evalkit.config import RunConfig
+
+torch.set_num_threads(1)
+stage, path = sys.argv[1], Path(sys.argv[2])
+write, left = records.RecordWriter.write, 2
+
+def write_then_die(self, record):
+    global left
+    write(self, record)
+    if self._file.name.endswith(records.file_name(stage) + ".jsonl.tmp"):
+        left -= 1
+        if not left:
+            self._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+records.RecordWriter.write = write_then_die
+pipeline.run(RunConfig.from_json(records.RunDirectory(path).config), path)
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "leads"),
+    [
+        (("fp8_ds_mla@reference",), "bf16"),
+        (("fp8_ds_mla@reference", "bf16@reference"), "bf16@reference"),
+        (("bfloat16@reference", "fp8_ds_mla@reference"), "bfloat16@reference"),
+        ("default", "bf16"),
+    ],
+)
+def test_what_stores_bf16_leads_and_is_named_once(named: Any, leads: str):
+    requested = pipeline._requested(RunConfig(candidates=named))
+    assert requested[0] == leads
+    assert len(requested) == len(set(requested))
+
+
+def test_layers_alone_go_on_as_layers_alone(config: RunConfig, tmp_path: Path):
+    alone = config.with_values(stages=("layers",), candidates=("bf16@reference",), out=tmp_path)
+    assert RunConfig.from_json(RunDirectory(pipeline.run(alone)).config) == alone
+    (path,) = tmp_path.iterdir()
+    assert [r.stage for r in only(RunDirectory(path).read(), StageRecord)] == STAGES[:2] + STAGES[-1:]
