@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from evalkit import kv
 from evalkit.kv import Scales
 from evalkit.kv.base import RowFormat
+
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis makes the numbers: pip install -e .[dev]")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 SMALLEST_TILE = 16
 numbers = st.floats(-3.0000000054977558e38, 3.0000000054977558e38, width=32) | st.sampled_from(

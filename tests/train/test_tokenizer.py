@@ -4,12 +4,13 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import evalkit.train
 from evalkit.train import tokenizer
 from tasks import documents
+
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis makes the texts: pip install -e .[dev]")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 TOKENIZER = tokenizer.train()
 EMBEDDED = Path(evalkit.train.__file__).parent.parent / "checkpoints" / "dsa-nano"
