@@ -143,14 +143,13 @@ def _weights_of(directory: Path, options: dict[str, Any]) -> Any:
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{directory}/config.json is no configuration of a model: {error}") from None
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_no_report)  # a level would set transformers to checking plans that nothing uses
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             directory, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_no_report)
     if found["mismatched_keys"]:
         name, stored, wanted = min(found["mismatched_keys"])
         raise InputError(
@@ -162,6 +161,11 @@ def _weights_of(directory: Path, options: dict[str, Any]) -> Any:
             f"{directory} lacks the tensor {missing[0]}{others}, which its config.json calls for"
         )
     return model
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Whether a line of transformers' log is not its table of tensors, which `_weights_of` says in one line."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _read_json(file: Path) -> dict[str, Any]:
