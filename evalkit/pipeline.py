@@ -186,15 +186,19 @@ def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
 
 
 def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
-    """The same documents for every candidate, each paired with the baseline's; bf16 again, in other batches, first."""
+    """The same documents for every candidate, each paired with the baseline's.
+
+    The baseline itself is paired with a pass of its own in batches of another size: other matrix shapes, so what
+    differs between the two is the least that can be seen.
+    """
     config, baseline = prepared.config, prepared.candidates[0]
     if "tasks" not in config.stages or not config.tasks:
         return
-    # Batches of another size are other matrix shapes: what bf16 alone changes is the least that can be seen.
     size = max(1, config.batch_size // 2)
     control = f"{baseline}, batches of {size}"
-    arms = [(str(baseline), baseline, config.batch_size, None), (control, baseline, size, str(baseline))]
+    arms = [(control, baseline, size, None), (str(baseline), baseline, config.batch_size, control)]
     arms += [(str(other), other, config.batch_size, str(baseline)) for other in prepared.candidates[1:]]
+    topk = prepared.model.config.index_topk
     for name, candidate, batch_size, against in arms:
         stage = f"tasks {name}"
         if directory.done(stage):
@@ -206,14 +210,9 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
             for scored in run_tasks(lm, config.tasks, config.task_documents, config.seed, candidate=name):
                 for sample in scored.samples:
                     write.write(sample)
-                before = _samples(directory, against, scored.task)
-                topk = prepared.model.config.index_topk
-                if name == control:
-                    # The baseline's own row: its first pass as the candidate, this one as what it is held against.
-                    for record in _task_records(str(baseline), control, scored.samples, before, scored, topk):
-                        write.write(record)
-                elif against is not None:
-                    for record in _task_records(name, against, before, scored.samples, scored, topk):
+                if against is not None:
+                    before = _samples(directory, against, scored.task)
+                    for record in _task_records(name, against, before, scored, topk):
                         write.write(record)
 
 
@@ -318,7 +317,7 @@ def _note(candidate: Candidate, scales: Mapping[int, Scales]) -> str:
     return f"scales {min(values):.3g} to {max(values):.3g} over {len(values)} layers"
 
 
-def _samples(directory: RunDirectory, candidate: str | None, task: str) -> list[SampleRecord]:
+def _samples(directory: RunDirectory, candidate: str, task: str) -> list[SampleRecord]:
     return [s for s in read_samples(directory.path) if s.candidate == candidate and s.task == task]
 
 
@@ -326,11 +325,10 @@ def _task_records(
     candidate: str,
     baseline: str,
     before: Sequence[SampleRecord],
-    after: Sequence[SampleRecord],
     scored: TaskRun,
     topk: int,
 ) -> Iterator[TaskRecord]:
-    for found in paired.compare(before, after):
+    for found in paired.compare(before, scored.samples):
         score, loss = found.score_interval, found.loss_interval
         yield TaskRecord(
             candidate=candidate,

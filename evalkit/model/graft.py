@@ -135,6 +135,7 @@ class Graft:
             cache.state.valid = mask.bool()
         elif cache.state.valid is not None:
             cache.state.valid = nn.functional.pad(cache.state.valid, (0, length), value=True)
+        cache.state.selections.clear()  # layers share a selection within a pass
         # A mask of four dimensions passes through transformers untouched, and no [T, S] mask is built.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         return (), {**kwargs, "past_key_values": cache, "attention_mask": unused}

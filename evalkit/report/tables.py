@@ -52,13 +52,11 @@ def candidates(records: Sequence[Record]) -> Table:
             for task in tasks
             if (task.task, task.candidate) == (name, record.candidate)
         ]
-        kl = next(
-            (
-                token
-                for token in _by_phase(tokens)
-                if (token.candidate, token.frozen) == (record.candidate, "none")
-            ),
-            None,
+        # The phase with the most tokens: a mean over few of them says little.
+        kl = max(
+            (token for token in tokens if (token.candidate, token.frozen) == (record.candidate, "none")),
+            key=lambda token: token.n,
+            default=None,
         )
         rows.append(
             (
