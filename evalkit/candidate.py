@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from evalkit.errors import InputError
 
 SCALES = ("one", "checkpoint", "calibrated")
-KEYS = {"index": ("model", "fp8"), "read": ("native",)}
+KEYS = {"index": ("model", "fp8", "fp8_fp32", "bf16"), "read": ("native",)}
 EXAMPLE = "fp8_e4m3:one@flashinfer+index=fp8"
 BEST = "best"  # backend of a candidate written without `@`: the first that can run here
 
@@ -22,7 +22,8 @@ class Candidate:
     format: how a token's latent and rope are stored, vLLM's name or an alias of it.
     scales: where a per-tensor scale comes from; `one` is 1.0.
     backend: what reads the rows and attends; `best` until it is resolved for a device.
-    index: how indexer keys are stored: `model` (the model's dtype) or `fp8` (as vLLM does at every cache dtype).
+    index: how indexer keys are stored and its queries sent: `model` (the model's dtype), `fp8` (as vLLM does at every
+        cache dtype, with power-of-two scales), `fp8_fp32` (with any scale) or `bf16`.
     read: `native`, the kernel reads the rows themselves.
     """
 
@@ -79,5 +80,5 @@ class Candidate:
         known = self.format in kv.names()
         scaled = self.scales != "one" or (known and kv.get(self.format).uses_scales)
         text = self.format + (f":{self.scales}" if scaled else "") + f"@{self.backend}"
-        text += "+index=fp8" if self.index != "model" else ""
+        text += f"+index={self.index}" if self.index != "model" else ""
         return text + (f"+read={self.read}" if self.read != "native" else "")

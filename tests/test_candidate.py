@@ -16,6 +16,8 @@ from evalkit.errors import InputError
         ("fp8_e4m3@flashinfer", "fp8_e4m3:one@flashinfer"),
         ("fp8_e4m3:calibrated@flashinfer+index=fp8", "fp8_e4m3:calibrated@flashinfer+index=fp8"),
         ("fp8_ds_mla@flashmla+index=model+read=native", "fp8_ds_mla@flashmla"),
+        ("fp8_ds_mla@reference+index=fp8_fp32", "fp8_ds_mla@reference+index=fp8_fp32"),
+        ("bf16+index=bf16", "bf16@best+index=bf16"),
         ("fp8_ds_mla", "fp8_ds_mla@best"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from evalkit.kv import RowFormat
+from evalkit.kv.index import IndexFormat, Keys, resolve
 
 if TYPE_CHECKING:
     from evalkit.attention.path import PathState
@@ -22,22 +23,25 @@ BLOCK = 64
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer's rows and indexer keys."""
+    """One layer's rows and indexer keys.
+
+    index: how a candidate says that keys are stored; their format is known once there are keys.
+    """
 
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, format: RowFormat) -> None:
+    def __init__(self, format: RowFormat, index: str) -> None:
         super().__init__()
-        self.format = format
+        self.format, self.index = format, index
         self.reset()
 
     def reset(self) -> None:
         self.length = 0
         self.block_table = torch.empty(0, 0, dtype=torch.int64)  # [B, blocks]
         self.rows: Tensor | None = None
-        self.index_keys: Tensor | None = None  # [slots, 128], the model's dtype or e4m3
-        self.index_scale: Tensor | None = None  # [slots] float32, where keys are e4m3
+        self.index_format: IndexFormat | None = None
+        self.index_rows: Tensor | None = None  # pages of `index_format`, numbered as those of `rows`
 
     def extend(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Make room for `length` more columns of each sequence; returns their slots [B, length]."""
@@ -60,16 +64,27 @@ class PagedLayer(CacheLayerMixin):
         columns = torch.arange(start, stop, device=self.block_table.device)
         return self.block_table[:, columns // BLOCK] * BLOCK + columns % BLOCK
 
-    def store_index(self, slots: Tensor, keys: Tensor, scale: Tensor | None = None) -> None:
-        """Keep indexer keys [n, 128] (and their scale [n]) at `slots` [n]."""
-        capacity = self.capacity * BLOCK
-        if self.index_keys is None or self.index_keys.shape[0] < capacity:
-            self.index_keys = _grown(self.index_keys, keys.new_zeros(capacity, keys.shape[-1]))
-            if scale is not None:
-                self.index_scale = _grown(self.index_scale, scale.new_zeros(capacity))
-        self.index_keys[slots] = keys
-        if scale is not None and self.index_scale is not None:
-            self.index_scale[slots] = scale
+    def store_index(self, slots: Tensor, keys: Tensor) -> None:
+        """Keep indexer keys [n, 128] at `slots` [n]."""
+        if self.index_format is None:
+            self.index_format = resolve(self.index, keys.dtype)
+        if self.index_rows is None or len(self.index_rows) < self.capacity:
+            fresh = self.index_format.allocate(self.capacity * BLOCK, BLOCK, keys.device)
+            if self.index_rows is not None:
+                fresh[: len(self.index_rows)] = self.index_rows
+            self.index_rows = fresh
+        self.index_format.store(self.index_rows, slots, keys)
+
+    def stored_index(self) -> Keys:
+        """The keys of every column as they are stored: codes [B, S, 128], scale [B, S]."""
+        assert self.index_format is not None
+        assert self.index_rows is not None
+        blocks = self.block_table[:, : -(-self.length // BLOCK)]
+        # Whole pages move faster than tokens.
+        taken = self.index_format.planes(self.index_rows[blocks.flatten()])
+        codes, scale = (None if x is None else x.unflatten(0, blocks.shape).flatten(1, 2) for x in taken)
+        assert codes is not None
+        return Keys(codes[:, : self.length], None if scale is None else scale[:, : self.length])
 
     @property
     def capacity(self) -> int:
@@ -94,10 +109,8 @@ class PagedLayer(CacheLayerMixin):
         fresh = torch.arange(held.numel(), device=held.device).view_as(held)
         rows = self.format.allocate(held.numel() * BLOCK, BLOCK, held.device)
         _copy_blocks(self.format, rows, fresh.flatten(), self.rows, held.flatten())
-        slots = (held[..., None] * BLOCK + torch.arange(BLOCK, device=held.device)).flatten()
         self.rows, self.block_table = rows, fresh
-        self.index_keys = None if self.index_keys is None else self.index_keys[slots]
-        self.index_scale = None if self.index_scale is None else self.index_scale[slots]
+        self.index_rows = None if self.index_rows is None else self.index_rows[held.flatten()]
 
     # transformers' interface
 
@@ -176,12 +189,6 @@ class PagedCache(Cache):
     def _take_valid(self, sequences: Tensor) -> None:
         if self.state.valid is not None:
             self.state.valid = self.state.valid[sequences.to(self.state.valid.device)]
-
-
-def _grown(old: Tensor | None, new: Tensor) -> Tensor:
-    if old is not None:
-        new[: old.shape[0]] = old
-    return new
 
 
 def _copy_blocks(format: RowFormat, to: Tensor, to_blocks: Tensor, source: Tensor, blocks: Tensor) -> None:

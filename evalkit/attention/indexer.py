@@ -1,33 +1,17 @@
 """The lightning indexer: scores every cached token for every query.
 
 score[t, s] = Σ_i weight[t, i] · relu(query[t, i] · key[s]), the weights carrying the scales of heads and queries.
-With `index=fp8` keys are stored and queries sent as vLLM does at every KV dtype: e4m3 with a power-of-two scale per
-128 values (`ue8m0`). DeepSeek's own code rotates both with a Hadamard matrix first; vLLM and this module do not.
+Keys and queries come as the candidate's `index` format encodes them (evalkit/kv/index/); a key's scale multiplies its
+scores, a query's its weights. DeepSeek's own code rotates both with a Hadamard matrix first; vLLM and this module do
+not.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SCORES_PER_CHUNK = {"cpu": 2**22, "cuda": 2**28}  # elements of [B, t, I, S] held at once
-
-
-class Quantized(NamedTuple):
-    """codes [..., 128] e4m3 and scale [...] float32, a power of two."""
-
-    codes: Tensor
-    scale: Tensor
-
-
-def quantize_ue8m0(x: Tensor) -> Quantized:
-    """Round each row of x [..., 128] to e4m3 with the scale 2^ceil(log2(max(amax, 1e-4) / 448))."""
-    amax = x.float().abs().amax(-1).clamp(min=1e-4)
-    scale = (amax / torch.full_like(amax, 448.0)).log2().ceil().exp2()
-    scaled = (x.float() / scale[..., None]).clamp(-448.0, 448.0)
-    return Quantized(scaled.to(torch.float8_e4m3fn), scale)
 
 
 def index_scores(query: Tensor, keys: Tensor, weights: Tensor, key_scale: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from evalkit import kv
 from evalkit.attention import backends
 from evalkit.attention.cache import PagedCache, PagedLayer
-from evalkit.attention.indexer import index_scores, quantize_ue8m0
+from evalkit.attention.indexer import index_scores
 from evalkit.attention.selection import top_k
 from evalkit.candidate import Candidate
 from evalkit.kv import RowFormat, Scales
@@ -77,7 +77,7 @@ class PathState:
     def __post_init__(self) -> None:
         self.format = kv.get(self.candidate.format)
         self.backend = backends.get(self.candidate.backend)
-        self.layers = [PagedLayer(self.format) for _ in range(self.layer_count)]
+        self.layers = [PagedLayer(self.format, self.candidate.index) for _ in range(self.layer_count)]
 
     def wants(self, probe: str) -> bool:
         """Whether someone looks at this probe: costly ones are computed only then."""
@@ -269,20 +269,16 @@ class SparseMLA(nn.Module):
         keys = torch.cat([rotate(keys[..., : self.rope], cos, sin), keys[..., self.rope :]], -1)
         weights = indexer.weights_proj(hidden.to(indexer.weights_proj.weight.dtype)).float()
         weights = weights * (self.config.index_n_heads**-0.5 * self.config.index_head_dim**-0.5)
-        if state.candidate.index == "model":
-            rows.store_index(slots.flatten(), keys.flatten(0, 1))
-            return query, weights
-        rows.store_index(slots.flatten(), *quantize_ue8m0(keys.flatten(0, 1)))
-        sent = quantize_ue8m0(query)
-        return sent.codes, weights * sent.scale
+        rows.store_index(slots.flatten(), keys.flatten(0, 1))
+        assert rows.index_format is not None
+        sent, scale = rows.index_format.encode(query)
+        return sent, weights if scale is None else weights * scale
 
     def _scores(self, query: Tensor, weights: Tensor, state: PathState, start: int) -> Tensor:
         """Index scores [B, T, S] float32, -inf after the query and at padding."""
         rows = state.layers[self.layer_idx]
-        cached = rows.slots(0, rows.length)  # [B, S]
-        assert rows.index_keys is not None
-        scale = None if rows.index_scale is None else rows.index_scale[cached]
-        scores = index_scores(query, rows.index_keys[cached], weights, scale)
+        keys, scale = rows.stored_index()
+        scores = index_scores(query, keys, weights, scale)
         if state.valid is None:
             return scores
         # Padding neither attends nor is attended.

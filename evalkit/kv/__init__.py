@@ -1,5 +1,6 @@
 """How one token's latent and rope are stored: formats, their scales, and vLLM's names for them."""
 
+from evalkit.kv import index
 from evalkit.kv.aliases import resolve
 from evalkit.kv.base import RowFormat, formats
 from evalkit.kv.scales import (
@@ -27,6 +28,7 @@ __all__ = [
     "from_checkpoint",
     "get",
     "identity",
+    "index",
     "names",
     "resolve",
     "round_to_bf16",

@@ -41,9 +41,13 @@ def power_of_two_scale(tiles: Tensor) -> Tensor:
 
     A power of two survives a reader that rounds the scale; the floor keeps a tile of zeros finite.
     """
-    wanted = divide(tile_amax(tiles), E4M3_MAX).clamp(min=1e-4)
+    return next_power_of_two(divide(tile_amax(tiles), E4M3_MAX).clamp(min=1e-4))
+
+
+def next_power_of_two(values: Tensor) -> Tensor:
+    """The smallest power of two that is not below each positive normal float32."""
     # Rounding the bits up to the next bare exponent is exact, where log2 may differ between devices.
-    return ((wanted.view(torch.int32) + 0x7F_FFFF) & 0x7F80_0000).view(torch.float32)
+    return ((values.view(torch.int32) + 0x7F_FFFF) & 0x7F80_0000).view(torch.float32)
 
 
 def encode_tiles(tiles: Tensor, scale: Tensor) -> Tensor:

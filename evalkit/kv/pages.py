@@ -48,6 +48,17 @@ def check_slots(slots: Tensor, capacity: int, lowest: int) -> None:
             )
 
 
+def without_skipped(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Which token to write, and to which slot, in place of each token of slots [T], T > 0: two [T] int64.
+
+    Masking skipped tokens away would synchronise CUDA. Each repeats a written token instead, to the same slot with the
+    same bytes; where none is written, the slot is -1 throughout, and slot 0 may receive its own bytes.
+    """
+    written = slots >= 0
+    source = torch.where(written, torch.arange(len(slots), device=slots.device), written.int().argmax())
+    return source, slots.long()[source]
+
+
 def put_rows(planes: Sequence[Tensor], slots: Tensor, rows: Tensor) -> None:
     """Write row t of rows [T, row_bytes] to slot slots[t] of the planes [N, width], split by their widths; -1 skips.
 
@@ -55,11 +66,7 @@ def put_rows(planes: Sequence[Tensor], slots: Tensor, rows: Tensor) -> None:
     """
     if not slots.numel():
         return
-    written = slots >= 0
-    # Masking skipped tokens away would synchronise CUDA. Each repeats a written token instead, to the same slot with
-    # the same bytes; where none is written, target is -1 throughout and slot 0 receives its own bytes.
-    source = torch.where(written, torch.arange(len(slots), device=slots.device), written.int().argmax())
-    target = slots.long()[source]
+    source, target = without_skipped(slots)
     home = target.clamp(min=0)
     parts = rows[source].split_with_sizes([plane.shape[1] for plane in planes], -1)
     for plane, part in zip(planes, parts, strict=True):

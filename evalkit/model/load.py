@@ -40,7 +40,7 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
             f"{directory}/config.json has model_type {config.get('model_type')!r}; "
             f"evalkit runs {', '.join(ARCHITECTURES)}"
         )
-    for name, wanted in (("kv_lora_rank", 512), ("qk_rope_head_dim", 64)):
+    for name, wanted in (("kv_lora_rank", 512), ("qk_rope_head_dim", 64), ("index_head_dim", 128)):
         if config.get(name, wanted) != wanted:
             raise InputError(
                 f"{directory}/config.json has {name} {config[name]}; the row formats hold {wanted}"

@@ -48,6 +48,24 @@ def test_a_second_turn_reads_the_first_turns_rows(make_model: Any, name: str) ->
     assert mostly_close(second, logits(model, prompt())[:, 60:])
 
 
+@pytest.mark.parametrize("option", kv.index.OPTIONS)
+def test_indexer_keys_are_stored_as_the_candidate_says(make_model: Any, option: str) -> None:
+    """A second turn reads the first one's keys; reordered sequences take theirs along."""
+    model = graft(make_model(), f"fp32@reference+index={option}")
+    cache = model.evalkit.new_cache()
+    logits(model, prompt()[:, :70], past_key_values=cache)
+    layer, slots = cache.layers[0], cache.layers[0].slots(0, 70)
+    assert layer.index_format is kv.index.get(kv.index.OPTIONS[option])
+    assert layer.index_rows.numel() == layer.capacity * 64 * layer.index_format.key_bytes
+    before = layer.index_format.load(layer.index_rows, slots[1])
+    codes, scale = layer.stored_index()
+    assert torch.equal(codes[1].float() * (1 if scale is None else scale[1, :, None]), before)
+    second = logits(model, prompt()[:, 70:], past_key_values=cache)
+    assert mostly_close(second, logits(model, prompt())[:, 70:])
+    cache.reorder_cache(torch.tensor([1]))
+    assert torch.equal(layer.index_format.load(layer.index_rows, layer.slots(0, 70)[0]), before)
+
+
 @pytest.mark.parametrize("name", kv.names())
 def test_growing_past_a_block_keeps_what_was_stored(make_model: Any, name: str) -> None:
     model = graft(make_model(), f"{name}@reference")
@@ -67,7 +85,7 @@ def test_growing_past_a_block_keeps_what_was_stored(make_model: Any, name: str) 
 def _rows(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What the first nine columns hold: latent, rope and indexer keys."""
     slots = layer.slots(0, 9).flatten()
-    return *layer.format.load(layer.rows, slots, Scales()), layer.index_keys[slots].clone()
+    return *layer.format.load(layer.rows, slots, Scales()), layer.index_format.load(layer.index_rows, slots)
 
 
 def test_a_cropped_cache_goes_on_from_where_it_was_cut(model: Any) -> None:

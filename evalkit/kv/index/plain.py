@@ -1,0 +1,26 @@
+"""bf16, fp16, fp32: indexer keys as numbers of that type, 256 or 512 bytes per token. A server may hold bf16."""
+
+import torch
+from torch import Tensor
+
+from evalkit.kv.index.base import IndexFormat, Keys, index_formats
+
+
+class Plain(IndexFormat):
+    def encode(self, keys: Tensor) -> Keys:
+        return Keys(keys.to(self.dtype), None)
+
+
+@index_formats.register
+class Bf16(Plain):
+    name, dtype = "bfloat16", torch.bfloat16
+
+
+@index_formats.register
+class Fp16(Plain):
+    name, dtype = "float16", torch.float16
+
+
+@index_formats.register
+class Fp32(Plain):
+    name, dtype = "float32", torch.float32
