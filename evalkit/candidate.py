@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 from evalkit.errors import InputError
 
 SCALES = ("one", "checkpoint", "calibrated")
-KEYS = {"index": ("model", "fp8", "fp8_fp32", "bf16"), "read": ("native",)}
+KEYS = {
+    "index": ("model", "fp8", "fp8_fp32", "bf16"),
+    "read": ("native",),
+    "reader": ("exact", "sm90_bf16", "sm100_e8m0"),
+}
 EXAMPLE = "fp8_e4m3:one@flashinfer+index=fp8"
 BEST = "best"  # backend of a candidate written without `@`: the first that can run here
 
@@ -25,6 +29,8 @@ class Candidate:
     index: how indexer keys are stored and its queries sent: `model` (the model's dtype), `fp8` (as vLLM does at every
         cache dtype, with power-of-two scales), `fp8_fp32` (with any scale) or `bf16`.
     read: `native`, the kernel reads the rows themselves.
+    reader: how `reference` turns rows into numbers: `exact`, or as another GPU's kernel does, with scales rounded to
+        bf16 or truncated to their exponent. A kernel reads in its own way, and takes no other.
     """
 
     format: str
@@ -32,6 +38,7 @@ class Candidate:
     backend: str = BEST
     index: str = "model"
     read: str = "native"
+    reader: str = "exact"
 
     @classmethod
     def parse(cls, text: str) -> Candidate:
@@ -81,4 +88,5 @@ class Candidate:
         scaled = self.scales != "one" or (known and kv.get(self.format).uses_scales)
         text = self.format + (f":{self.scales}" if scaled else "") + f"@{self.backend}"
         text += f"+index={self.index}" if self.index != "model" else ""
-        return text + (f"+read={self.read}" if self.read != "native" else "")
+        text += f"+read={self.read}" if self.read != "native" else ""
+        return text + (f"+reader={self.reader}" if self.reader != "exact" else "")

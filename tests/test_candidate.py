@@ -18,6 +18,8 @@ from evalkit.errors import InputError
         ("fp8_ds_mla@flashmla+index=model+read=native", "fp8_ds_mla@flashmla"),
         ("fp8_ds_mla@reference+index=fp8_fp32", "fp8_ds_mla@reference+index=fp8_fp32"),
         ("bf16+index=bf16", "bf16@best+index=bf16"),
+        ("fp8_ds_mla@reference+reader=sm100_e8m0", "fp8_ds_mla@reference+reader=sm100_e8m0"),
+        ("fp8_ds_mla@reference+reader=exact", "fp8_ds_mla@reference"),
         ("fp8_ds_mla", "fp8_ds_mla@best"),
     ],
 )
@@ -33,8 +35,9 @@ def test_a_candidate_is_written_in_its_canonical_form(text: str, written: str) -
         ("bf16@", "is not format"),
         ("bf16@reference+index", "is not format"),
         ("bf16:two@reference", "scales 'two' is not one of one, checkpoint, calibrated"),
-        ("bf16@reference+colour=red", "unknown key 'colour'; known: index, read"),
+        ("bf16@reference+colour=red", "unknown key 'colour'; known: index, read, reader"),
         ("bf16@reference+index=fp4", "index=fp4 is not one of model, fp8"),
+        ("bf16@reference+reader=e8m0", "reader=e8m0 is not one of exact, sm90_bf16, sm100_e8m0"),
         ("bf16@reference+index=fp8+index=fp8", "key 'index' appears twice"),
     ],
 )

@@ -76,7 +76,7 @@ class PathState:
 
     def __post_init__(self) -> None:
         self.format = kv.get(self.candidate.format)
-        self.backend = backends.get(self.candidate.backend)
+        self.backend = backends.reading(self.candidate.backend, self.candidate.reader)
         self.layers = [PagedLayer(self.format, self.candidate.index) for _ in range(self.layer_count)]
 
     def wants(self, probe: str) -> bool:

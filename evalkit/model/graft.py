@@ -61,7 +61,7 @@ class Graft:
         config = self.model.config
         shape = (self.device, config.num_attention_heads, config.index_topk)
         name = candidate.backend if candidate.backend != BEST else backends.best(candidate.format, *shape)
-        backends.get(name)
+        backends.reading(name, candidate.reader)
         resolved = candidate.on(name, kv.resolve(candidate.format, name))
         backends.refuse_unavailable(name, resolved.format, *shape)
         if name != "reference" and self.model.dtype != torch.bfloat16:

@@ -8,7 +8,7 @@ from evalkit import kv
 from evalkit.attention.backends.base import Backend, backends
 from evalkit.errors import InputError
 
-__all__ = ["Backend", "best", "get", "names", "refuse_unavailable"]
+__all__ = ["Backend", "best", "get", "names", "reading", "refuse_unavailable"]
 
 PREFERENCE = ("flashinfer", "flashmla", "reference")
 
@@ -23,6 +23,15 @@ def names() -> list[str]:
     """Every backend's name."""
     backends.discover(__name__)
     return backends.names()
+
+
+def reading(name: str, reader: str) -> Backend:
+    """The backend called `name` on rows read as `reader`, a candidate's `reader=`.
+
+    Raises:
+        InputError: no such backend, or it reads rows in its own way only.
+    """
+    return get(name).reading_as(reader)
 
 
 def best(format: str, device: torch.device | str, heads: int, topk: int) -> str:

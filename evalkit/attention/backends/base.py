@@ -7,11 +7,13 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from evalkit.kv import RowFormat, Scales, round_to_bf16
+from evalkit.attention.backends.readers import BF16Reader, Reader
+from evalkit.errors import InputError
+from evalkit.kv import RowFormat, Scales
 from evalkit.registry import Registry
 
 
-class Backend(ABC):
+class Backend(Reader, ABC):
     """Reads a paged cache and computes softmax attention over each query's selected rows.
 
     A backend never falls back to another: where it cannot run, `unavailable_because` says why.
@@ -52,24 +54,21 @@ class Backend(ABC):
     ) -> str | None:
         """Why this backend cannot read `format` here, in one line, or None where it can."""
 
-    def read_scale(self, scale: Tensor) -> Tensor:
-        """The rounding this kernel applies to a stored or given scale before it multiplies."""
-        return scale
+    def reading_as(self, reader: str) -> Backend:
+        """This backend on rows read as `reader`, a name in `READERS`.
 
-    def read(self, format: RowFormat, cache: Tensor, slots: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
-        """Rows at `slots` [N] as this kernel's matrix products see them: latent [N, C], rope [N, R], float32."""
-        return format.load(cache, slots, scales, self.read_scale)
+        Raises:
+            InputError: it reads rows in its own way only.
+        """
+        if reader != "exact":
+            raise InputError(
+                f"reader={reader} is for the backend reference: {self.name} reads as its kernel does"
+            )
+        return self
 
 
-class BF16Operands(Backend):
+class BF16Operands(BF16Reader, Backend):
     """A kernel that dequantises to bf16: it multiplies by the scale rounded to bf16, then rounds the product."""
-
-    def read_scale(self, scale: Tensor) -> Tensor:
-        return round_to_bf16(scale)
-
-    def read(self, format: RowFormat, cache: Tensor, slots: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
-        latent, rope = super().read(format, cache, slots, scales)
-        return latent.bfloat16().float(), rope.bfloat16().float()
 
 
 backends: Registry[Backend] = Registry("backend")

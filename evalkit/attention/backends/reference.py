@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evalkit.attention.backends.base import Backend, backends
+from evalkit.attention.backends.readers import READERS, Reader
 from evalkit.kv import RowFormat, Scales
 
 SCORES_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27}  # elements of [t, H, rows] held at once
@@ -23,6 +24,18 @@ ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
 class Reference(Backend):
     name = "reference"
     kernel = "torch float32 scores, softmax and sums"
+
+    def __init__(self, reader: Reader | None = None) -> None:
+        self._reader = reader or Reader()
+
+    def reading_as(self, reader: str) -> Backend:
+        return Reference(READERS[reader])
+
+    def read_scale(self, scale: Tensor) -> Tensor:
+        return self._reader.read_scale(scale)
+
+    def read(self, format: RowFormat, cache: Tensor, slots: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
+        return self._reader.read(format, cache, slots, scales)
 
     def unavailable_because(
         self, format: RowFormat, device: torch.device, heads: int, topk: int
@@ -38,9 +51,9 @@ class Reference(Backend):
         indices: Tensor,
         sm_scale: float,
         scales: Scales,
-        reader: Backend | None = None,
+        reader: Reader | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Backend.attend`; with a `reader`, over the rows as that backend's kernel reads them."""
+        """As `Backend.attend`; with a `reader`, over the rows as that one reads them."""
         slots = cache.numel() // format.row_bytes
 
         def rows(used: Tensor) -> tuple[Tensor, Tensor]:
