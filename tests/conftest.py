@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+# Test workers share the cores: more threads than cores would wait for each other.
+torch.set_num_threads(1)
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
