@@ -11,7 +11,8 @@ names = index_formats.names
 __all__ = ["OPTIONS", "IndexFormat", "Keys", "get", "index_formats", "names", "resolve"]
 
 # What a candidate's `index=` calls the formats that do not depend on the model.
-OPTIONS = {"fp8": "indexer_fp8_ue8m0", "fp8_fp32": "indexer_fp8_fp32", "bf16": "bfloat16"}
+OPTIONS = {"fp8": "indexer_fp8_ue8m0", "fp8_fp32": "indexer_fp8_fp32", "bf16": "bf16"}
+OF_MODEL = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def resolve(option: str, dtype: torch.dtype) -> IndexFormat:
@@ -20,4 +21,4 @@ def resolve(option: str, dtype: torch.dtype) -> IndexFormat:
     Raises:
         InputError: no such format, or none of that dtype.
     """
-    return get(str(dtype).removeprefix("torch.") if option == "model" else OPTIONS[option])
+    return get(OF_MODEL.get(dtype, str(dtype)) if option == "model" else OPTIONS[option])

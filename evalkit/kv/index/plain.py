@@ -1,4 +1,4 @@
-"""bf16, fp16, fp32: indexer keys as numbers of that type, 256 or 512 bytes per token. A server may hold bf16."""
+"""bf16, fp16, fp32: indexer keys as numbers of that type, 256 or 512 bytes per token."""
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ class Plain(IndexFormat):
 
 @index_formats.register
 class Bf16(Plain):
-    name, dtype = "bfloat16", torch.bfloat16
+    name, dtype = "bf16", torch.bfloat16
 
 
 @index_formats.register
 class Fp16(Plain):
-    name, dtype = "float16", torch.float16
+    name, dtype = "fp16", torch.float16
 
 
 @index_formats.register
 class Fp32(Plain):
-    name, dtype = "float32", torch.float32
+    name, dtype = "fp32", torch.float32
