@@ -306,7 +306,8 @@ def _scales(
         length = min(config.layers_prompt_tokens, lm.max_length)
         # Other documents than those compared: a scale fitted to the test would flatter the format.
         seeds = range(config.seed + 1, config.seed + 1 + CALIBRATION_DOCUMENTS)
-        return calibrate(model, [_generated(lm, length, seed) for seed in seeds])
+        prompts = [_generated(lm, length, seed) for seed in seeds]
+        return calibrate(model, prompts, kv.get(candidate.format))
     return {}
 
 

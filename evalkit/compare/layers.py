@@ -92,7 +92,9 @@ def count_passes(model: Any, documents: int, candidates: int, floors: Sequence[S
 
 
 @torch.no_grad()
-def calibrate(model: Any, documents: Sequence[Tensor], advance: Advance | None = None) -> dict[int, Scales]:
+def calibrate(
+    model: Any, documents: Sequence[Tensor], format: RowFormat, advance: Advance | None = None
+) -> dict[int, Scales]:
     """Scales that saturate neither latent nor rope of these documents, by layer.
 
     `advance` is called once for each layer and document.
@@ -109,7 +111,7 @@ def calibrate(model: Any, documents: Sequence[Tensor], advance: Advance | None =
             stream.inputs[document] = ref.hidden
             for part, so_far in largest.items():
                 largest[part] = max(so_far, float(ref.probes[part].abs().max()))
-        found[layer] = kv.calibrate(largest["latent"], largest["rope"])
+        found[layer] = format.calibrate(largest["latent"], largest["rope"])
     return found
 
 
@@ -286,7 +288,9 @@ def _logit_spans(hidden: Tensor, prefill: int, vocabulary: int) -> Iterator[tupl
 
 
 def _is_scaled(format: RowFormat, part: str) -> bool:
-    """Whether another scale for this part changes the bytes of a row."""
+    """Whether this part is e4m3 under a per-tensor scale: where another scale changes the bytes of a row."""
+    if format.four_bit and part == "latent":
+        return False  # its values saturate at a group's own scale, not at 448 of this one
     ones = torch.ones(1, format.latent_dim), torch.ones(1, format.rope_dim)
     stored = (format.encode(*ones, scales) for scales in (Scales(), Scales(**{part: 2.0})))
     return not torch.equal(*stored)

@@ -29,7 +29,7 @@ EVERYWHERE = ATTENTION_PROBES | {"hidden", "logits"}
 
 @pytest.fixture(scope="session")
 def found(model: Any, documents: list[torch.Tensor]) -> list[Record]:
-    scales = {CALIBRATED: calibrate(model, documents)}
+    scales = {CALIBRATED: calibrate(model, documents, kv.get(CALIBRATED.format))}
     candidates = [REFERENCE, FP8, CALIBRATED, DS_MLA, INDEX_FP8]
     return list(compare(model, documents, candidates, scales=scales, decode_tokens=6))
 
@@ -261,3 +261,11 @@ def test_bad_input_is_one_clear_line(model: Any, documents: Any, candidates: Any
     with pytest.raises(InputError, match=message) as error:
         list(layers.compare(model, documents, candidates, decode_tokens=8))
     assert "\n" not in str(error.value)
+
+
+def test_a_four_bit_latent_is_not_judged_by_the_range_of_e4m3():
+    """It saturates at each group's own scale; its rope, or another format's latent, at 448 of a per-tensor one."""
+    assert not layers._is_scaled(kv.get("nvfp4_flashinfer"), "latent")
+    assert layers._is_scaled(kv.get("fp8_e4m3"), "latent")
+    assert layers._is_scaled(kv.get("fp8_group128"), "rope")
+    assert not layers._is_scaled(kv.get("fp8_ds_mla"), "rope")
