@@ -72,8 +72,8 @@ def candidates(records: Sequence[Record]) -> Table:
         key="candidates",
         title="Candidates",
         caption=(
-            "Relative L2 of the attention output against the reference at its worst layer, and mean KL divergence of the "
-            "next token in nats over n tokens, both in decode where there is one"
+            "Relative L2 of the attention output against the reference at its worst layer, in decode where there is one; mean KL "
+            "divergence of the next token in nats, over the n tokens of the phase that has most"
             + ("; loss of score in points against the baseline, with its interval." if names else ".")
         ),
         columns=(
