@@ -58,8 +58,9 @@ def _training(record: dict[str, Any]) -> str:
     seed, device = record["config"]["seed"], record["device"]
     lines = [
         "\n## Training\n",
-        f"`python -m evalkit.train run --seed {seed}` on one {device}, torch {record['torch']}; documents, tokenizer",
-        "and weights all come from that seed and the generators in `tasks/documents.py`.\n",
+        f"`python -m evalkit.train run --seed {seed}` on one {device}, torch {record['torch']}, its phases",
+        "bounded by the seconds below (`--minutes` sets them); documents, tokenizer and weights all come from that seed",
+        "and the generators in `tasks/documents.py`.\n",
         "| phase | steps | tokens | seconds |",
         "|---|---|---|---|",
     ]
