@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from evalkit import environment, kv
 from evalkit.attention import backends
-from evalkit.candidate import Candidate
+from evalkit.candidate import BEST, Candidate
 from evalkit.compare.layers import calibrate, compare, count_passes
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
@@ -230,9 +230,23 @@ def _create(config: RunConfig) -> RunDirectory:
 
 
 def _requested(config: RunConfig) -> tuple[str, ...]:
-    """The candidates in words; the first that stores bf16 leads, since everything is compared with it."""
+    """The candidates in words; the first that stores bf16 leads, since everything is compared with it.
+
+    Raises:
+        InputError: a format or backend does not exist. Whether one can run is known only with the model.
+    """
     named = DEFAULT_CANDIDATES if config.candidates == "default" else tuple(config.candidates)
-    controls = [text for text in named if Candidate.parse(text).format in ("bf16", *BF16_NAMES)]
+    parsed = [Candidate.parse(text) for text in named]
+    for candidate in parsed:
+        if candidate.backend != BEST:
+            backends.get(candidate.backend)
+        if candidate.format not in (*BF16_NAMES, "fp8"):
+            kv.get(candidate.format)
+    controls = [
+        text
+        for text, candidate in zip(named, parsed, strict=True)
+        if candidate.format in ("bf16", *BF16_NAMES)
+    ]
     leads = controls[0] if controls else "bf16"
     rest = list(named)
     if controls:

@@ -15,6 +15,7 @@ import torch
 
 from evalkit import cli, pipeline
 from evalkit.config import RunConfig
+from evalkit.errors import InputError
 from evalkit.model.load import EMBEDDED
 from evalkit.records import (
     CandidateRecord,
@@ -204,6 +205,7 @@ from pathlib import Path
 import torch
 from evalkit import pipeline, records
 from evalkit.config import RunConfig
+from evalkit.errors import InputError
 
 torch.set_num_threads(1)
 stage, path = sys.argv[1], Path(sys.argv[2])
@@ -243,3 +245,12 @@ def test_layers_alone_go_on_as_layers_alone(config: RunConfig, tmp_path: Path):
     assert RunConfig.from_json(RunDirectory(pipeline.run(alone)).config) == alone
     (path,) = tmp_path.iterdir()
     assert stages(RunDirectory(path)) == ["environment", "layers", "report"]
+
+
+@pytest.mark.parametrize("candidate", ["fp8_e4m4@reference", "fp8_e4m3@referense"])
+def test_a_name_that_does_not_exist_is_refused_before_the_weights_are_loaded(
+    candidate: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pipeline, "load", lambda *_args, **_kwargs: pytest.fail("the weights were loaded"))
+    with pytest.raises(InputError, match="did you mean"):
+        pipeline.prepare(RunConfig(candidates=(candidate,)))
