@@ -78,14 +78,13 @@ def test_every_query_is_within_3e_3_of_exact_attention(
     torch.testing.assert_close(lse[~empty], want_lse[~empty], rtol=1e-3, atol=2e-3)
 
 
-def test_a_batch_of_many_more_rows_than_one_launch_takes_gives_the_same_rows(
+def test_a_batch_of_many_more_rows_than_one_launch_takes_is_as_near_to_exact_attention(
     read: tuple[backends.Backend, kv.RowFormat],
 ) -> None:
     backend, format = read
     q_latent, q_rope, latent, rope, indices = problem(16)
     cache = format.allocate(SLOTS, device="cuda")
     format.store(cache, torch.arange(SLOTS, device="cuda"), latent, rope, Scales())
-    once, _ = backend.attend(q_latent, q_rope, cache, format, indices, SM_SCALE, Scales())
     times = 9000 // len(indices)
     many, _ = backend.attend(
         q_latent.repeat(times, 1, 1),
@@ -96,11 +95,14 @@ def test_a_batch_of_many_more_rows_than_one_launch_takes_gives_the_same_rows(
         SM_SCALE,
         Scales(),
     )
-    valid = (indices >= 0).any(-1)
-    error = (many.float() - once.float().repeat(times, 1, 1)).flatten(1).norm(dim=-1)
-    size = once.float().repeat(times, 1, 1).flatten(1).norm(dim=-1)
-    keep = valid.repeat(times)
-    assert float((error[keep] / size[keep]).max()) <= 6e-3  # twice what each may be from exact attention
+    want, _ = backends.get("reference").attend(
+        q_latent.float(), q_rope.float(), cache, format, indices, SM_SCALE, Scales(), reader=backend
+    )
+    got = many.float().unflatten(0, (times, len(indices)))  # [times, T, H, C]
+    empty = (indices < 0).all(-1)
+    assert (got[:, empty] == 0).all()
+    error = (got - want)[:, ~empty].flatten(2).norm(dim=-1) / want[~empty].flatten(1).norm(dim=-1)
+    assert float(error.max()) <= 3e-3, error.amax(0)
 
 
 def test_the_model_runs_on_every_kernel_and_agrees_with_the_reference(
