@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,6 @@ CANDIDATES = [
 ]
 CONTROL = "bf16@reference, batches of 1"
 DOCUMENTS = 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are small: on busy cores two threads spend seconds waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +245,22 @@ def test_a_name_that_does_not_exist_is_refused_before_the_weights_are_loaded(
     monkeypatch.setattr(pipeline, "load", lambda *_args, **_kwargs: pytest.fail("the weights were loaded"))
     with pytest.raises(InputError, match="did you mean"):
         pipeline.prepare(RunConfig(candidates=(candidate,)))
+
+
+def test_scales_are_calibrated_on_other_documents_than_those_compared(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    """A scale fitted to the very document it is judged on would flatter the format."""
+    calibrated: list[torch.Tensor] = []
+    real = pipeline.calibrate
+
+    def calibrate(model: Any, documents: Sequence[torch.Tensor], *arguments: Any) -> Any:
+        calibrated.extend(documents)
+        return real(model, documents, *arguments)
+
+    monkeypatch.setattr(pipeline, "calibrate", calibrate)
+    prepared = pipeline.prepare(config)
+    assert len(calibrated) == pipeline.CALIBRATION_DOCUMENTS
+    compared = [document.tolist() for document in prepared.documents]
+    for document in calibrated:
+        assert not any(document.tolist()[-90:] == other[-90:] for other in compared)

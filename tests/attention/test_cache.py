@@ -192,3 +192,32 @@ def test_the_router_does_not_keep_a_finished_cache_alive(model: Any) -> None:
     del cache
     gc.collect()
     assert rows() is None
+
+
+def test_padding_is_neither_stored_nor_attended_nor_attending(model: Any) -> None:
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[1, :30] = 0
+    seen: dict[tuple[str, int], Tensor] = {}
+
+    class Probes:
+        probes = frozenset({"selection", "attention"})
+
+        def tensor(self, probe: str, layer: int, value: Tensor) -> None:
+            seen[probe, layer] = value.unflatten(0, (2, 90))
+
+        def attention(self, layer: int, call: Any) -> None: ...
+
+    cache = model.evalkit.new_cache()
+    cache.state.observer = Probes()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits(model, prompt(), attention_mask=mask, position_ids=positions, past_key_values=cache)
+    for number, layer in enumerate(cache.layers):
+        slots = layer.slots(0, 90)
+        latent, rope = layer.format.load(layer.rows, slots[1, :30], Scales())
+        assert not latent.any()  # pages start zeroed
+        assert not rope.any()
+        chosen = seen["selection", number][1]
+        assert (chosen[:30] == -1).all()
+        assert (chosen[30:].flatten()[chosen[30:].flatten() >= 0] >= 30).all()
+        assert (seen["attention", number][1, :30] == 0).all()
+        assert seen["attention", number][1, 30:].any(-1).all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -46,15 +45,6 @@ def tiny(architecture: str) -> Any:
     config, model, extra = CLASSES[architecture]
     torch.manual_seed(5)  # transformers initialises from the global generator only
     return graft(model(config(**SIZES, **extra)).eval(), rounding=torch.bfloat16)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, and lose twentyfold when the cores are busy elsewhere."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", params=sorted(CLASSES))

@@ -10,15 +10,6 @@ from evalkit.evaluate.lm import EvalkitLM
 TOPK = 16
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """These tensors are small: on busy cores two threads spend seconds waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     """One token a character, and every token text, so that counts can be read off and decoding loses nothing."""
