@@ -234,7 +234,7 @@ class SparseMLA(nn.Module):
         if indexer is not None:
             query, weights = self._index(indexer, hidden, q_resid, position_embeddings, state, slots)
             if forced is None or state.wants("index_scores"):
-                scores = self._scores(query, weights, state, start)
+                scores = self._scores(query, weights, state)
                 state.emit("index_scores", self.layer_idx, scores)
         if forced is not None:
             columns = forced[:, start : start + length]
@@ -274,16 +274,14 @@ class SparseMLA(nn.Module):
         sent, scale = rows.index_format.encode(query)
         return sent, weights if scale is None else weights * scale
 
-    def _scores(self, query: Tensor, weights: Tensor, state: PathState, start: int) -> Tensor:
+    def _scores(self, query: Tensor, weights: Tensor, state: PathState) -> Tensor:
         """Index scores [B, T, S] float32, -inf after the query and at padding."""
         rows = state.layers[self.layer_idx]
         keys, scale = rows.stored_index()
         scores = index_scores(query, keys, weights, scale)
         if state.valid is None:
             return scores
-        # Padding neither attends nor is attended.
-        valid = state.valid[:, : rows.length]
-        return scores.masked_fill(~(valid[:, None, :] & valid[:, start:, None]), -torch.inf)
+        return scores.masked_fill(~state.valid[:, None, : rows.length], -torch.inf)
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -194,7 +194,7 @@ def test_the_router_does_not_keep_a_finished_cache_alive(model: Any) -> None:
     assert rows() is None
 
 
-def test_padding_is_neither_stored_nor_attended_nor_attending(model: Any) -> None:
+def test_left_padding_is_neither_stored_nor_attended_and_attends_nothing(model: Any) -> None:
     mask = torch.ones(2, 90, dtype=torch.long)
     mask[1, :30] = 0
     seen: dict[tuple[str, int], Tensor] = {}
