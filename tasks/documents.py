@@ -165,29 +165,33 @@ def _variables(rng: Random, names: Iterator[str], chains: int, hops: int) -> _Pu
     return _Puzzle(facts=facts, tokens=chains * (5 + 5 * hops), exchanges=exchanges)
 
 
-def _chain(task: str, nodes: list[str], steps: list[str], values: list[str]) -> tuple[list[str], Exchange]:
+@dataclass(frozen=True)
+class _Step:
+    """`said` in the fact; the trace adds `read`, what a step reads of an earlier one, and `made`, what it leads to."""
+
+    said: str
+    made: str
+    read: str = ""
+
+
+def _chain(task: str, nodes: list[str], steps: list[_Step]) -> tuple[list[str], Exchange]:
     """Facts and full trace of a chain: step i leads from node i to node i + 1, the last one to `end`."""
-    lines = [
-        f" At {node} {step} then {after}"
-        for node, step, after in zip(nodes, steps, [*nodes[1:], "end"], strict=True)
-    ]
-    trace = "".join(f"{line} makes {value}" for line, value in zip(lines, values, strict=True)) + "."
+    ways = list(zip(nodes, steps, [*nodes[1:], "end"], strict=True))
+    facts = [f" At {node} {step.said} then {after}." for node, step, after in ways]
+    lines = [f" At {node} {step.said}{step.read} then {after} makes {step.made}" for node, step, after in ways]
     question = f" At {nodes[0]}"
-    return [line + "." for line in lines], Exchange(
-        task=task, question=question, answer=trace[len(question) :]
-    )
+    return facts, Exchange(task=task, question=question, answer="".join(lines)[len(question) :] + ".")
 
 
 def _walks(rng: Random, names: Iterator[str], chains: int, steps: int) -> _Puzzle:
     facts, exchanges = [], []
     for _ in range(chains):
-        total, additions, values = 0, [], []
+        total, additions = 0, []
         for _ in range(steps):
             addition = rng.randrange(1, 10)
             total = (total + addition) % 100
-            additions.append(f"add {addition}")
-            values.append(f"{total:02d}")
-        lines, exchange = _chain("walk", [next(names) for _ in range(steps)], additions, values)
+            additions.append(_Step(f"add {addition}", f"{total:02d}"))
+        lines, exchange = _chain("walk", [next(names) for _ in range(steps)], additions)
         facts += lines
         exchanges.append(exchange)
     return _Puzzle(facts=facts, tokens=chains * steps * WALK_FACT_TOKENS, exchanges=exchanges)
@@ -197,7 +201,7 @@ def _register_chains(rng: Random, names: Iterator[str], chains: int, steps: int,
     facts, exchanges = [], []
     for _ in range(chains):
         state: dict[str, int] = {}
-        operations, values = [], []
+        operations = []
         pool = rng.sample(REGISTERS, registers)
         for _ in range(steps):
             name = pool[int(rng.random() * registers)]
@@ -206,16 +210,16 @@ def _register_chains(rng: Random, names: Iterator[str], chains: int, steps: int,
             if name not in state:
                 # A first touch sets, so that no step depends on anything before this trace.
                 state[name] = digit
-                operations.append(f"{name} set {digit}")
+                said, read = f"{name} set {digit}", ""
             elif others and rng.random() < 0.4:
                 other = others[int(rng.random() * len(others))]
                 state[name] = state[other]
-                operations.append(f"{name} take {other}")
+                said, read = f"{name} take {other}", f" {state[other]:02d}"
             else:
                 state[name] = (state[name] + digit) % 100
-                operations.append(f"{name} add {digit}")
-            values.append(f"{name} {state[name]:02d}")
-        lines, exchange = _chain("registers", [next(names) for _ in range(steps)], operations, values)
+                said, read = f"{name} add {digit}", ""
+            operations.append(_Step(said, f"{name} {state[name]:02d}", read))
+        lines, exchange = _chain("registers", [next(names) for _ in range(steps)], operations)
         facts += lines
         exchanges.append(exchange)
     return _Puzzle(facts=facts, tokens=chains * steps * REGISTER_FACT_TOKENS, exchanges=exchanges)
@@ -383,9 +387,9 @@ def _training_puzzle(task: str, rng: Random, names: Iterator[str], free: int, ro
         chains = _log_uniform(rng, 1, max(1, min(8, free // steps, (room - 6 - 9 * steps) // each)))
         return _walks(rng, names, chains, steps)
     if task == "registers":
-        steps = _log_uniform(rng, 2, min(40, free, (room - 6) // (REGISTER_FACT_TOKENS + 10)))
+        steps = _log_uniform(rng, 2, min(48, free, (room - 6) // (REGISTER_FACT_TOKENS + 11)))
         each = steps * REGISTER_FACT_TOKENS
-        chains = _log_uniform(rng, 1, max(1, min(6, free // steps, (room - 6 - 10 * steps) // each)))
+        chains = _log_uniform(rng, 1, max(1, min(6, free // steps, (room - 6 - 11 * steps) // each)))
         return _register_chains(rng, names, chains, steps, rng.randrange(2, len(REGISTERS) + 1))
     length = _log_uniform(rng, 6, min(60, (room - 7) // 2))
     count = _log_uniform(rng, 1, max(1, min(10, (room - length - 6) // (length + 2))))

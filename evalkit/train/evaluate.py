@@ -63,16 +63,16 @@ SHORT_TASKS = (
 LADDER = tuple(
     Case("registers", (("registers", registers), ("steps", steps)))
     for registers, steps in (
-        (4, 8),
-        (8, 8),
         (4, 16),
         (4, 32),
-        (6, 24),
-        (6, 32),
+        (8, 8),
         (8, 16),
         (8, 24),
         (8, 32),
         (8, 40),
+        (8, 48),
+        (8, 60),
+        (8, 72),
     )
 )
 

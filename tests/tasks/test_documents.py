@@ -70,6 +70,7 @@ def _solve_trace(sentences: list[str], question: str) -> str:
         else:
             assert verb == "take"
             registers[register] = registers[operand]
+            operation += f" {registers[operand]:02d}"
         named = f"{register} " if register else ""
         answer += f" At {node} {operation} then {after} makes {named}{registers[register]:02d}"
         node = after
