@@ -6,7 +6,7 @@ There is no code for infinity or NaN. Two codes share a byte, the even element i
 import torch
 from torch import Tensor
 
-from evalkit.kv.e4m3 import tile_amax, to_e4m3
+from evalkit.kv.e4m3 import tile_amax
 
 E2M1_MAX = 6.0
 GROUP = 16
@@ -63,11 +63,3 @@ def encode_groups(groups: Tensor, factor: Tensor) -> Tensor:
 def decode_groups(packed: Tensor, scale: Tensor) -> Tensor:
     """Packed codes [T, n * GROUP / 2] and scale [T, n] -> values [T, n * GROUP] float32, exact for an e4m3 scale."""
     return (as_groups(from_e2m1(unpack(packed))) * scale[..., None]).flatten(-2)
-
-
-def e4m3_at_least(values: Tensor) -> Tensor:
-    """Positive float32 -> the smallest float8_e4m3fn that is not below it, 448 where none is."""
-    nearest = to_e4m3(values)
-    code = nearest.view(torch.uint8)
-    # Codes of positive values are in the order of the values; 0x7e is 448, and 0x7f NaN.
-    return (code + ((nearest.float() < values) & (code < 0x7E))).view(torch.float8_e4m3fn)

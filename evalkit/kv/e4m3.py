@@ -21,9 +21,10 @@ def divide(values: Tensor, by: float) -> Tensor:
 
 
 def to_e4m3(values: Tensor) -> Tensor:
-    """float32 -> float8_e4m3fn, nearest even, saturating at ±448; NaN stays NaN."""
+    """float32 -> float8_e4m3fn, nearest even, saturating at ±448; NaN of either sign becomes the code 0x7f."""
     # torch below 2.13 casts what exceeds 448 to NaN on some devices. clamp keeps NaN.
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    codes = values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes.masked_fill(codes == 0xFF, 0x7F).view(torch.float8_e4m3fn)
 
 
 def as_tiles(latent: Tensor) -> Tensor:

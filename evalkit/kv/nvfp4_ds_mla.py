@@ -1,10 +1,11 @@
 """nvfp4_ds_mla: 512 e2m1 | 64 e4m3 rope | 32 e4m3 scales, one per 16, 352 bytes per token.
 
-What vLLM writes for FlashMLA on SM100 (#51724). The element 2i is the low nibble of byte i; the scale of group s lies
-at byte 8 (s & 3) + (s >> 2) of its 32; the rope has no scale. A group's scale is max(amax / 6, 2^-9) rounded up to
-e4m3, so that nothing saturates below 6 · 448, and values are multiplied by its float32 reciprocal. All of this was
-read in the source of vLLM's CUDA writer, and the layout again in FlashInfer's description of its SM100 reader. That
-writer runs on SM100 only: its bytes have not been compared with these. NaN is stored as the group's largest value.
+What vLLM 0.33.0 writes for FlashMLA on SM100. The element 2i is the low nibble of byte i; the scale of group s lies at
+byte 8 (s & 3) + (s >> 2) of its 32; the rope has no scale. A group's scale is max(amax / 6, 2^-9) rounded to the
+nearest e4m3, and values are multiplied by its float32 reciprocal: where the scale rounded down, the largest saturate.
+The rule was read in the machine code of the released library (vLLM's first version of this writer, #51724, rounded
+up), the layout again in FlashInfer's description of its SM100 reader. That writer runs on SM100 only: its bytes have
+not been compared with these. NaN is stored as the group's largest value.
 
 vLLM's rows have no outer scale. `Scales.latent` is one, as forks of vLLM calibrate it per layer: the latent is divided
 by it before it is written and multiplied by it after it is read; 1.0 is without. How a fork rounds that quotient has
@@ -21,7 +22,6 @@ from evalkit.kv.e2m1 import (
     GROUP,
     as_groups,
     decode_groups,
-    e4m3_at_least,
     encode_groups,
     group_amax,
 )
@@ -37,7 +37,7 @@ class Nvfp4DsMla(RowFormat):
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         groups = as_groups(divide(latent.float(), scales.latent))
-        scale = e4m3_at_least(divide(group_amax(groups), E2M1_MAX).clamp(min=SMALLEST_SCALE))  # [T, 32]
+        scale = to_e4m3(divide(group_amax(groups), E2M1_MAX).clamp(min=SMALLEST_SCALE))  # [T, 32]
         codes = encode_groups(groups, constant(1.0, groups) / scale.float())
         return as_bytes(codes, to_e4m3(rope.float()), _permuted(scale, 8, 4))
 

@@ -68,21 +68,19 @@ FP32_CODES = [
 ]
 FP32_SCALES = ("0000803f 0000803b b76ddb3b 6edb0e40", 16)
 
-# Outer scale 2. Largest values 224, 0.875, 1.5 and 500 make scales, rounded up from a sixth, of 40 = 0x62 (from 37.3),
-# 0.15625 = 0x22 (from 0.1458), 0.25 = 0x28 and 88 = 0x6b (from 83.3), those of groups 0, 8, 16, 24 at bytes 0, 2, 4, 6;
-# a group of zeros has 2^-9 = 0x01. Low nibble first: 6 and -0 (from 5.6, -0.0125); 6, -1.5, 0.5 (from 5.6, -1.6, 0.7);
-# 6, -4, 3; -6, 0, 3 (from -5.68, 0.097, 2.84). The rope's 600 saturates at 448 = 0x7e.
+# Outer scale 2. Sixths of the largest halves rounded to the nearest are scales: 36 = 0x61 (from 37.3), 0.140625 = 0x21
+# (from 0.1458), 0.25 = 0x28 and 80 = 0x6a (from 83.3), those of groups 0, 8, 16, 24 at bytes 0, 2, 4, 6; a group of
+# zeros has 2^-9 = 0x01. Low nibble first: 6 and -0 (from 6.2, -0.014); 6, -2, 1 (from 6.2, -1.78, 0.78); 6, -4, 3;
+# -6, 0, 3 (from -6.25, 0.11, 3.125). The rope's 600 saturates at 448 = 0x7e.
 NVFP4_DS_MLA = [
     ("87 00", 64),
-    ("b7 01", 64),
+    ("c7 02", 64),
     ("e7 05", 64),
     ("0f 05", 64),
     ("34 c6 7e", 64),
-    ("62 01 22 01 28 01 6b 01" + " 01" * 24, 32),
+    ("61 01 21 01 28 01 6a 01" + " 01" * 24, 32),
 ]
-# Global scale 2. Sixths of the largest halves rounded to the nearest: 36 = 0x61 (from 37.3), 0.140625 = 0x21 (from
-# 0.1458), 0.25 = 0x28 and 80 = 0x6a (from 83.3), in order; a group of zeros has 0. Codes: 6 and -0 (from 6.2, -0.014);
-# 6, -2, 1 (from 6.2, -1.78, 0.78); 6, -4, 3; -6, 0, 3 (from -6.25, 0.11, 3.125).
+# Global scale 2. The same codes and scales, the scales in order; a group of zeros has 0.
 NVFP4_FLASHINFER = [
     ("87 00", 64),
     ("c7 02", 64),
@@ -171,7 +169,7 @@ def test_nvfp4_stores_nan_as_its_writers_do():
     """As the group's largest value, or as zero: a number, in either."""
     latent = torch.ones(1, 512)
     latent[0, 3] = torch.nan
-    assert round_trip("nvfp4_ds_mla", latent)[0, 3].item() == 6 * 0.171875  # a sixth, rounded up
+    assert round_trip("nvfp4_ds_mla", latent)[0, 3].item() == 6 * 0.171875  # a sixth, rounded to e4m3
     assert round_trip("nvfp4_flashinfer", latent)[0, 3].item() == 0
 
 

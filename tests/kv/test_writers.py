@@ -75,7 +75,7 @@ def packed(groups: Array, factor: Array) -> NDArray[np.uint8]:
 def write_nvfp4(latent: Array, rope: Array, k: np.float32, r: np.float32) -> list[NDArray[np.generic]]:
     groups, amax = tiled(latent / k, 16)
     wanted = np.maximum(amax / np.float32(6), np.float32(2**-9))
-    code = np.minimum(np.searchsorted(E4M3, wanted), len(E4M3) - 1)
+    code = encode(wanted, E4M3)
     placed = np.zeros((len(latent), 32), np.uint8)
     for group in range(32):
         placed[:, 8 * (group % 4) + group // 4] = code[:, group]
