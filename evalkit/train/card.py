@@ -55,19 +55,25 @@ def write(directory: Path) -> Path:
 
 
 def _training(record: dict[str, Any]) -> str:
-    seed, device = record["config"]["seed"], record["device"]
+    runs = [record]
+    while "origin" in runs[0]:
+        runs.insert(0, runs[0]["origin"])
     lines = [
-        "\n## Training\n",
-        f"`python -m evalkit.train run --seed {seed}` on one {device}, torch {record['torch']}, its phases",
-        "bounded by the seconds below (`--minutes` sets them); documents, tokenizer and weights all come from that seed",
-        "and the generators in `tasks/documents.py`.\n",
-        "| phase | steps | tokens | seconds |",
-        "|---|---|---|---|",
+        f"\n## Training\n\nOn one {record['device']}, torch {record['torch']}, with seed {record['config']['seed']}; the",
+        "phases are bounded by the seconds below (`--minutes` sets them). Documents and tokenizer come from that seed and",
+        "the generators in `tasks/documents.py`.\n",
+        "| run | phase | steps | tokens | seconds |",
+        "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {phase['phase']} | {phase['step']} | {phase['tokens'] / 1e6:.1f} M | {phase['seconds']} |"
-        for phase in record["phases"]
-    ]
+    for number, run in enumerate(runs, 1):
+        refines = f" --refine RUN{number - 1}" if number > 1 else ""
+        at = f" at commit {run['commit']}" if "commit" in run else ""
+        name = f"{number}: `python -m evalkit.train run{refines}`{at}"
+        for phase in run["phases"]:
+            lines.append(
+                f"| {name} | {phase['phase']} | {phase['step']} | {phase['tokens'] / 1e6:.1f} M | {phase['seconds']} |"
+            )
+            name = ""
     return "\n".join(lines) + "\n"
 
 

@@ -122,7 +122,7 @@ PHASES = ("dense", "indexer", "joint")
 
 
 def refine(config: TrainConfig) -> TrainConfig:
-    """The second run: from trained weights, mostly on register traces, whose `take` the first run only guesses.
+    """A second run: from trained weights, mostly on register traces, which are learnt last.
 
     There a trace's values weigh more than what the facts say verbatim, and the filler's language-model loss, which is
     all that is left of the other tasks' gradient, weighs less.
