@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from evalkit import environment, kv
-from evalkit.attention import backends
+from evalkit.attention import backends, indexer
 from evalkit.candidate import BEST, Candidate
 from evalkit.compare.layers import calibrate, compare, count_passes
 from evalkit.config import RunConfig
@@ -149,13 +149,16 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
         for requested, candidate in zip(prepared.requested, prepared.candidates, strict=True):
             scales = prepared.scales[candidate]
             backend = backends.get(candidate.backend)
+            scorer = indexer.kernel_for(
+                candidate.index, model.dtype, model.config.index_n_heads, model.device
+            )
             write.write(
                 CandidateRecord(
                     candidate=str(candidate),
                     format=candidate.format,
                     scales=candidate.scales,
                     backend=candidate.backend,
-                    kernel=backend.kernel,
+                    kernel=f"{backend.kernel}; index scores: {scorer}",
                     index=candidate.index,
                     read=candidate.read,
                     row_bytes_per_token=kv.get(candidate.format).row_bytes,

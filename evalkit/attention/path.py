@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from evalkit import kv
 from evalkit.attention import backends
 from evalkit.attention.cache import PagedCache, PagedLayer
-from evalkit.attention.indexer import index_scores
-from evalkit.attention.selection import top_k
+from evalkit.attention.indexer import choose
+from evalkit.attention.selection import select
 from evalkit.candidate import Candidate
 from evalkit.kv import RowFormat, Scales
 
@@ -76,7 +76,7 @@ class PathState:
 
     def __post_init__(self) -> None:
         self.format = kv.get(self.candidate.format)
-        self.backend = backends.reading(self.candidate.backend, self.candidate.reader)
+        self.backend = backends.reading(self.candidate.backend, self.candidate.reader, self.candidate.read)
         self.layers = [PagedLayer(self.format, self.candidate.index) for _ in range(self.layer_count)]
 
     def wants(self, probe: str) -> bool:
@@ -234,18 +234,15 @@ class SparseMLA(nn.Module):
         if indexer is not None:
             query, weights = self._index(indexer, hidden, q_resid, position_embeddings, state, slots)
             if forced is None or state.wants("index_scores"):
-                scores = self._scores(query, weights, state)
-                state.emit("index_scores", self.layer_idx, scores)
+                columns = self._best(query, weights, state)
         if forced is not None:
             columns = forced[:, start : start + length]
-        elif indexer is not None:
-            columns = top_k(scores.flatten(0, 1), self.config.index_topk).view(*scores.shape[:2], -1)
-        elif start in state.selections:  # GLM: this layer shares the last full layer's selection
-            return state.selections[start]
-        else:
-            raise ValueError(f"layer {self.layer_idx} shares a selection that no earlier layer made")
         if indexer is not None:
             state.keep_selection(self.layer_idx, start, columns)
+        elif forced is None:  # GLM: this layer shares the last full layer's selection
+            if start not in state.selections:
+                raise ValueError(f"layer {self.layer_idx} shares a selection that no earlier layer made")
+            return state.selections[start]
         return columns
 
     def _index(
@@ -274,14 +271,24 @@ class SparseMLA(nn.Module):
         sent, scale = rows.index_format.encode(query)
         return sent, weights if scale is None else weights * scale
 
-    def _scores(self, query: Tensor, weights: Tensor, state: PathState) -> Tensor:
-        """Index scores [B, T, S] float32, -inf after the query and at padding."""
+    def _best(self, query: Tensor, weights: Tensor, state: PathState) -> Tensor:
+        """The columns [B, T, K] that the indexer scores best, padding left out; shows the scores."""
         rows = state.layers[self.layer_idx]
         keys, scale = rows.stored_index()
-        scores = index_scores(query, keys, weights, scale)
-        if state.valid is None:
-            return scores
-        return scores.masked_fill(~state.valid[:, None, : rows.length], -torch.inf)
+        assert rows.index_format is not None
+        columns, scores = select(
+            query,
+            keys,
+            weights,
+            scale,
+            self.config.index_topk,
+            scorer=choose(rows.index_format, query.shape[2], query.device).scorer,
+            valid=None if state.valid is None else state.valid[:, : rows.length],
+            keep_scores=state.wants("index_scores"),
+        )
+        if scores is not None:
+            state.emit("index_scores", self.layer_idx, scores)
+        return columns
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,57 @@ select differently; the indexer's relu makes exact zeros, hence ties, common.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from evalkit.attention.indexer import Scorer
+
+SCORES_PER_CHUNK = {
+    "cpu": 2**23,
+    "cuda": 2**26,
+}  # elements of [B, t, S] held at once; top-k takes ten times as much
+
+
+def select(
+    query: Tensor,
+    keys: Tensor,
+    weights: Tensor,
+    key_scale: Tensor | None,
+    k: int,
+    *,
+    scorer: Scorer,
+    valid: Tensor | None = None,
+    keep_scores: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The k best-scored columns of each query, a chunk of queries at a time, so that memory stays bounded.
+
+    Args:
+        query, keys, weights, key_scale: as in `Scorer.scores`.
+        k: how many to keep.
+        scorer: what scores the keys.
+        valid: [B, S] bool, False at columns that nobody may select.
+        keep_scores: also return the scores that were selected by, [B, T, S] float32, -inf where not selectable.
+
+    Returns:
+        [B, T, min(k, S)] int64 columns as `top_k` orders them, and the scores or None.
+    """
+    batch, length = query.shape[:2]
+    cached = keys.shape[1]
+    step = max(1, SCORES_PER_CHUNK[query.device.type] // (batch * cached))
+    columns = torch.full((batch, length, min(k, cached)), -1, dtype=torch.int64, device=query.device)
+    kept = []
+    for start in range(0, length, step):
+        part = slice(start, min(start + step, length))
+        seen = cached - length + part.stop  # no query of this chunk looks further
+        scale = None if key_scale is None else key_scale[:, :seen]
+        scores = scorer.scores(query[:, part], keys[:, :seen], weights[:, part], scale)
+        if valid is not None:
+            scores = scores.masked_fill(~valid[:, None, :seen], -torch.inf)
+        best = top_k(scores.flatten(0, 1), k)
+        columns[:, part, : best.shape[1]] = best.unflatten(0, scores.shape[:2])
+        if keep_scores:
+            kept.append(F.pad(scores, (0, cached - seen), value=-torch.inf))
+    return columns, torch.cat(kept, 1) if keep_scores else None
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
