@@ -10,7 +10,7 @@ from evalkit.errors import InputError
 SCALES = ("one", "checkpoint", "calibrated")
 KEYS = {
     "index": ("model", "fp8", "fp8_fp32", "bf16"),
-    "read": ("native",),
+    "read": ("native", "decoded"),
     "reader": ("exact", "sm90_bf16", "sm100_e8m0"),
 }
 EXAMPLE = "fp8_e4m3:one@flashinfer+index=fp8"
@@ -28,7 +28,8 @@ class Candidate:
     backend: what reads the rows and attends; `best` until it is resolved for a device.
     index: how indexer keys are stored and its queries sent: `model` (the model's dtype), `fp8` (as vLLM does at every
         cache dtype, with power-of-two scales), `fp8_fp32` (with any scale) or `bf16`.
-    read: `native`, the kernel reads the rows themselves.
+    read: `native`, the kernel reads the rows themselves; `decoded`, rows of any format are decoded to bf16, with
+        scales rounded as a kernel rounds them, and the backend's bf16 kernel reads those.
     reader: how `reference` turns rows into numbers: `exact`, or as another GPU's kernel does, with scales rounded to
         bf16 or truncated to their exponent. A kernel reads in its own way, and takes no other.
     """

@@ -7,8 +7,13 @@ E4M3_MAX = 448.0
 TILE = 128
 
 
-def constant(value: float, like: Tensor) -> Tensor:
-    """A float32 scalar on the tensor's device, filled there rather than copied, which would synchronise."""
+def constant(value: float | Tensor, like: Tensor) -> Tensor:
+    """A float32 scalar on the tensor's device, filled there rather than copied, which would synchronise.
+
+    A scalar that is there already stays as it is: compiled code is not bound to one number then.
+    """
+    if isinstance(value, Tensor):
+        return value
     return torch.full((), value, dtype=torch.float32, device=like.device)
 
 

@@ -60,11 +60,13 @@ class Graft:
             candidate = Candidate.parse(candidate)
         config = self.model.config
         shape = (self.device, config.num_attention_heads, config.index_topk)
-        name = candidate.backend if candidate.backend != BEST else backends.best(candidate.format, *shape)
-        backends.reading(name, candidate.reader)
+        name, read = candidate.backend, candidate.read
+        name = backends.best(candidate.format, *shape, read) if name == BEST else name
+        backends.reading(name, candidate.reader, read)
         resolved = candidate.on(name, kv.resolve(candidate.format, name))
-        backends.refuse_unavailable(name, resolved.format, *shape)
-        if name != "reference" and self.model.dtype != torch.bfloat16:
+        backends.refuse_unavailable(name, resolved.format, *shape, read)
+        wide = name == "reference" or backends.reading(name, read=read).takes_float32
+        if not wide and self.model.dtype != torch.bfloat16:
             raise InputError(
                 f"{resolved}: the kernel takes bfloat16 queries, the model runs in {self.model.dtype}"
             )

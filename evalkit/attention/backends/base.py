@@ -21,6 +21,11 @@ class Backend(Reader, ABC):
 
     name: str
     kernel: str
+    takes_float32: bool = False  # whether queries may be wider than bf16, as a model on a CPU computes them
+
+    def kernel_on(self, device: torch.device) -> str:
+        """What runs there, for records; where that only models another GPU's kernel, this begins with "modelled"."""
+        return self.kernel
 
     @abstractmethod
     def attend(
@@ -65,6 +70,14 @@ class Backend(Reader, ABC):
                 f"reader={reader} is for the backend reference: {self.name} reads as its kernel does"
             )
         return self
+
+    def splitting(self) -> Backend | None:
+        """This backend with the keys of a bf16 query split over processors, as its kernel would in a server.
+
+        None where its bf16 kernel never splits them. A split changes the order of the sums, and with it the result,
+        by which queries share a call: that is why backends avoid it.
+        """
+        return None
 
 
 class BF16Operands(BF16Reader, Backend):

@@ -1,23 +1,38 @@
 """FlashInfer's MLA kernel on SM90 (`BatchMLAPagedAttentionWrapper`, backend fa3), page size 1.
 
 Sparse attention is expressed as pages of one token: every query is a request of its own whose pages are the slots it
-selected. The kernel does not mask -1, so slots are packed before planning. It multiplies by fp8 scales rounded to
-bf16 and keeps P in bf16.
+selected. The kernel does not mask -1, so slots are packed. It multiplies by fp8 scales rounded to bf16 and keeps P in
+bf16.
+
+A plan depends on how many slots each query has, not on which, so the last one is kept: the kernel reads the slots from
+a buffer of ours, which the next call overwrites.
+
+The kernel cuts a query's slots into pieces where a call has too little work for all processors, and rounds each
+piece's sum to bf16. `MLAPlan` (FlashInfer 0.7.2, scheduler.cuh) does so where a query has more slots than the average
+of all work over its clusters of one or two processors, rounded up: to 32, 64, 128 or 192 up to an average of 8, 16, 32
+or 64, then to a multiple of 256. A query's result would depend on the others in the call. Small calls are therefore
+padded with queries that repeat the longest selection, until nothing is cut; the padding's results are dropped.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache as once
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from evalkit.attention.backends.base import BF16Operands, backends
+from evalkit.attention.backends.base import Backend, BF16Operands, backends
 from evalkit.kv import RowFormat, Scales
 
 WORKSPACE_BYTES = 128 * 2**20
-ROWS_PER_PLAN = 8192  # a plan holds at most 16384 work items, and a row of KV may be split in two
+WORK_ITEMS_PER_PLAN = 8192  # a plan holds at most 16384, and a query left to split may make two of each
+# Slots of the longest query, and the average work of a cluster up to which it is cut.
+CUT_UP_TO = ((32, 0), (64, 8), (128, 16), (192, 32), (256, 64))
 
 
 @backends.register
@@ -25,8 +40,9 @@ class FlashInfer(BF16Operands):
     name = "flashinfer"
     kernel = "flashinfer BatchMLAPagedAttentionWrapper fa3"
 
-    def __init__(self) -> None:
-        self._wrappers: dict[tuple[torch.device, torch.dtype], Any] = {}
+    def __init__(self, pads: bool = True) -> None:
+        self._pads = pads
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     def unavailable_because(
         self, format: RowFormat, device: torch.device, heads: int, topk: int
@@ -42,6 +58,9 @@ class FlashInfer(BF16Operands):
             return f"FlashInfer's fa3 MLA kernel needs SM90, this GPU is SM{major}{minor}"
         return None
 
+    def splitting(self) -> Backend | None:
+        return _splitting()
+
     def attend(
         self,
         q_latent: Tensor,
@@ -53,53 +72,159 @@ class FlashInfer(BF16Operands):
         scales: Scales,
     ) -> tuple[Tensor, Tensor]:
         latent, rope, options = _READS[format.name](format.planes(cache), scales)
-        out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+        tiles, _ = _grid(q_latent.shape[1], 1)
+        step = max(1, WORK_ITEMS_PER_PLAN // tiles)
+        parts = [slice(start, start + step) for start in range(0, max(1, len(indices)), step)]
+        found = [
+            self._attend(q_latent[part], q_rope[part], (latent, rope), indices[part], sm_scale, options)
+            for part in parts
+        ]
+        if len(found) == 1:
+            return found[0]
+        outs, lses = zip(*found, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+
+    def _attend(
+        self,
+        q_latent: Tensor,
+        q_rope: Tensor,
+        rows: tuple[Tensor, Tensor],
+        indices: Tensor,
+        sm_scale: float,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """The queries of one plan: out [t, H, C], lse [t, H]."""
+        queries, heads = q_latent.shape[:2]
+        lengths = _lengths(indices)
+        if not any(lengths):
+            return torch.zeros_like(q_latent), q_latent.new_full((queries, heads), -torch.inf).float()
+        padding = 0
+        if self._pads:
+            processors = torch.cuda.get_device_properties(q_latent.device).multi_processor_count
+            padding = padding_against_splits(lengths, heads, processors)
+        wrapper = self._planned(indices, lengths, padding, q_latent, rows[0].dtype, sm_scale)
+        if padding:
+            q_latent, q_rope = (F.pad(part, (0, 0, 0, 0, 0, padding)) for part in (q_latent, q_rope))
+        out = q_latent.new_empty(q_latent.shape)  # contiguous, which empty_like need not be
         lse = q_latent.new_empty(q_latent.shape[:2], dtype=torch.float32)
-        for start in range(0, q_latent.shape[0], ROWS_PER_PLAN):
-            part = slice(start, start + ROWS_PER_PLAN)
-            wrapper = self._plan(indices[part], q_latent, latent.dtype, sm_scale)
-            out[part], lse[part] = wrapper.run(
-                query=(q_latent[part].contiguous(), q_rope[part].contiguous()),
-                kv_cache=(latent, rope),
-                return_lse=True,
-                return_lse_base_on_e=True,
-                **options,
-            )
-        return out, lse
-
-    def _plan(self, indices: Tensor, query: Tensor, dtype: torch.dtype, sm_scale: float) -> Any:
-        from flashinfer.mla import BatchMLAPagedAttentionWrapper, MLAPlanMetadata
-
-        key = (query.device, dtype)
-        if key not in self._wrappers:
-            workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=query.device)
-            self._wrappers[key] = BatchMLAPagedAttentionWrapper(workspace, backend="fa3")
-        wrapper = self._wrappers[key]
-        valid = indices >= 0
-        lengths = valid.sum(-1, dtype=torch.int32)
-        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=query.device)
-        starts[1:] = lengths.cumsum(0)
-        wrapper.plan(
-            metadata=MLAPlanMetadata.csr(
-                qo_indptr=torch.arange(len(lengths) + 1, dtype=torch.int32, device=query.device),
-                kv_indptr=starts,
-                kv_indices=indices[valid].int(),
-                kv_len_arr=lengths,
-            ),
-            num_heads=query.shape[1],
-            head_dim_ckv=query.shape[2],
-            head_dim_kpe=64,
-            page_size=1,
-            causal=False,
-            sm_scale=sm_scale,
-            q_data_type=query.dtype,
-            kv_data_type=dtype,
-            query_layout="split",
-            kv_cache_layout="split",
-            lse_mode="basee",
-            scale_mode="default" if dtype == torch.bfloat16 else "kv-per-tensor",
+        wrapper.run(
+            query=(q_latent, q_rope),
+            kv_cache=rows,
+            out=out,
+            lse=lse,
+            return_lse=True,
+            return_lse_base_on_e=True,
+            **options,
         )
-        return wrapper
+        return out[:queries], lse[:queries]
+
+    def _planned(
+        self,
+        indices: Tensor,
+        lengths: list[int],
+        padding: int,
+        query: Tensor,
+        dtype: torch.dtype,
+        sm_scale: float,
+    ) -> Any:
+        """A wrapper planned for these lengths and as many queries of the longest, its slots set to `indices`."""
+        longest = max(lengths)
+        key = (query.device, query.dtype, dtype, query.shape[1], sm_scale)
+        plan = self._plans.setdefault(key, _Plan())
+        packed, total = sum(lengths), sum(lengths) + padding * longest
+        if plan.slots is None or len(plan.slots) < total:
+            plan.slots = torch.empty(total, dtype=torch.int32, device=query.device)
+            plan.lengths = []
+        if packed == indices.numel():
+            plan.slots[:packed].view_as(indices).copy_(indices)
+        else:
+            plan.slots[:packed] = indices[indices >= 0]
+        if padding:
+            start = sum(lengths[: lengths.index(longest)])
+            plan.slots[packed:total].view(padding, longest)[:] = plan.slots[start : start + longest]
+        lengths = lengths + [longest] * padding
+        if lengths != plan.lengths:
+            plan.wrapper = _plan(plan.slots, lengths, query, dtype, sm_scale)
+            plan.lengths = lengths
+        return plan.wrapper
+
+
+@dataclass(eq=False)
+class _Plan:
+    """The last plan of one kernel: the lengths it is of, padding included, and the slots that the kernel reads."""
+
+    wrapper: Any = None
+    lengths: list[int] = field(default_factory=list)
+    slots: Tensor | None = None  # [at least the sum of lengths] int32
+
+
+@once
+def _splitting() -> FlashInfer:
+    return FlashInfer(pads=False)
+
+
+@once
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+def _plan(slots: Tensor, lengths: list[int], query: Tensor, dtype: torch.dtype, sm_scale: float) -> Any:
+    """Plan queries of these lengths over `slots`, which the wrapper reads whenever it runs."""
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper, MLAPlanMetadata
+
+    wrapper = BatchMLAPagedAttentionWrapper(_workspace(query.device), backend="fa3")
+    counts = torch.tensor(lengths, dtype=torch.int32)  # planned on the host, where these stay
+    starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    wrapper.plan(
+        metadata=MLAPlanMetadata.csr(
+            qo_indptr=torch.arange(len(lengths) + 1, dtype=torch.int32),
+            kv_indptr=starts,
+            kv_indices=slots,
+            kv_len_arr=counts,
+        ),
+        num_heads=query.shape[1],
+        head_dim_ckv=query.shape[2],
+        head_dim_kpe=64,
+        page_size=1,
+        causal=False,
+        sm_scale=sm_scale,
+        q_data_type=query.dtype,
+        kv_data_type=dtype,
+        query_layout="split",
+        kv_cache_layout="split",
+        lse_mode="basee",
+        scale_mode="default" if dtype == torch.bfloat16 else "kv-per-tensor",
+    )
+    return wrapper
+
+
+def _lengths(indices: Tensor) -> list[int]:
+    """How many slots each query has. Waits for the device."""
+    if indices.numel() == 0:
+        return [0] * len(indices)
+    # One small kernel tells full selections, the usual ones, from those that have to be counted and packed.
+    if bool((indices.amin(-1).cpu() >= 0).all()):
+        return [indices.shape[1]] * len(indices)
+    lengths: list[int] = (indices >= 0).sum(-1).tolist()
+    return lengths
+
+
+def _grid(heads: int, processors: int) -> tuple[int, int]:
+    """Tiles of heads that a query makes, and clusters of processors that share them out."""
+    cluster = 2 if heads > 64 else 1
+    return -(-heads // (64 * cluster)), processors // cluster
+
+
+def padding_against_splits(lengths: Sequence[int], heads: int, processors: int) -> int:
+    """How many more queries of the longest length keep FlashInfer's planner from cutting any."""
+    longest = max(lengths, default=0)
+    tiles, clusters = _grid(heads, processors)
+    above = 256 * (-(-longest // 256) - 1)
+    average = next((most for slots, most in CUT_UP_TO if longest <= slots), above)
+    if average == 0:
+        return 0
+    missing = average * clusters + 1 - tiles * sum(lengths)
+    return max(0, -(-missing // (tiles * longest)))
 
 
 def _split(rows: Tensor) -> tuple[Tensor, Tensor]:

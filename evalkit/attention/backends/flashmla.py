@@ -3,6 +3,11 @@
 The shared object is loaded without importing vLLM. Heads are padded to 64 or 128 and selections to a multiple of 64
 (decode) or 128 (prefill) with -1, which the kernels mask. The decode kernel multiplies by scales rounded to bf16.
 Neither op is a public API: their signatures were read from vLLM 0.33.0.
+
+The decode kernel cuts a query's slots into as many parts as there are processors for each block of 64 heads of each
+query, processors // queries // (heads // 64) (`Decode_Sm90_Impl::get_meta`, in FlashMLA's source and in that wheel),
+so that a query's result would depend on how many others share the call. Calls with too few are padded with queries
+without a slot until there is one part; the padding's results are dropped. The prefill kernel never cuts.
 """
 
 from __future__ import annotations
@@ -54,27 +59,37 @@ class FlashMLA(BF16Operands):
         sm_scale: float,
         scales: Scales,
     ) -> tuple[Tensor, Tensor]:
-        call = _decode if format.name in DS_MLA else _prefill
+        decodes = format.name in DS_MLA
+        call = _decode if decodes else _prefill
         rows = format.planes(cache).rows
         heads = q_latent.shape[1]
-        outs, lses = [], []
-        for start in range(0, q_latent.shape[0], ROWS_PER_CALL):
+        width = 64 if heads <= 64 else 128
+        least = unsplit_queries(width, _processors(q_latent.device)) if decodes else 1
+        found = []
+        for start in range(0, max(1, len(indices)), ROWS_PER_CALL):
             part = slice(start, start + ROWS_PER_CALL)
-            query = torch.cat([q_latent[part], q_rope[part]], -1)
-            query = F.pad(query, (0, 0, 0, (64 if heads <= 64 else 128) - heads))  # [t, 64 | 128, C + R]
-            out, lse = call(query, rows, indices[part], sm_scale)
-            outs.append(out[:, :heads])
-            lses.append(lse[:, :heads])
-        out, lse = torch.cat(outs), torch.cat(lses).float()
-        # The kernels return +inf for a row without a valid slot.
-        empty = (indices < 0).all(-1)
-        return out.masked_fill(empty[:, None, None], 0), lse.masked_fill(empty[:, None], -torch.inf)
+            queries = len(indices[part])
+            query = _query(q_latent[part], q_rope[part], max(queries, least), width)
+            slots = _padded(indices[part], len(query), 64 if decodes else 128)
+            out, lse = call(query, rows, slots, sm_scale)
+            # +inf stands for a query without a valid slot, whose output the kernels set to 0.
+            lse = lse[:queries, :heads].nan_to_num(nan=torch.nan, posinf=-torch.inf, neginf=-torch.inf)
+            found.append((out[:queries, :heads].contiguous(), lse))
+        if len(found) == 1:
+            return found[0]
+        outs, lses = zip(*found, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+
+
+def unsplit_queries(heads: int, processors: int) -> int:
+    """The least queries of 64 or 128 heads that the decode kernel leaves uncut: from there on it makes one part."""
+    return processors // (2 * (heads // 64)) + 1
 
 
 def _decode(query: Tensor, rows: Tensor, indices: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
     """rows [pages, 64, 656] uint8; tokens go into the second dimension, so that one launch serves them all."""
     out, lse, *_ = _ops().sparse_decode_fwd(
-        query[None], rows.unsqueeze(2), _pad(indices, 64)[None], *[None] * 7, 512, sm_scale, None, False
+        query[None], rows.unsqueeze(2), indices[None], *[None] * 7, 512, sm_scale, None, False
     )  # out [1, t, H, C], lse [1, H, t]
     return out[0], lse[0].T
 
@@ -82,13 +97,32 @@ def _decode(query: Tensor, rows: Tensor, indices: Tensor, sm_scale: float) -> tu
 def _prefill(query: Tensor, rows: Tensor, indices: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
     """rows [N, C + R] bf16."""
     out, _, lse = _ops().sparse_prefill_fwd(
-        query, rows[:, None], _pad(indices, 128)[:, None], sm_scale, 512, None, None, None
+        query, rows[:, None], indices[:, None], sm_scale, 512, None, None, None
     )  # out [t, H, C], lse [t, H]
     return out, lse
 
 
-def _pad(indices: Tensor, multiple: int) -> Tensor:
-    return F.pad(indices.int(), (0, -indices.shape[1] % multiple), value=-1).contiguous()
+def _query(q_latent: Tensor, q_rope: Tensor, queries: int, heads: int) -> Tensor:
+    """Latent and rope side by side, [queries, heads, C + R]; what is added is 0."""
+    if q_latent.shape[:2] == (queries, heads):
+        return torch.cat([q_latent, q_rope], -1)
+    width = q_latent.shape[2]
+    query = q_latent.new_zeros(queries, heads, width + q_rope.shape[2])
+    query[: len(q_latent), : q_latent.shape[1], :width] = q_latent
+    query[: len(q_latent), : q_latent.shape[1], width:] = q_rope
+    return query
+
+
+def _padded(indices: Tensor, queries: int, multiple: int) -> Tensor:
+    """Selections [queries, K up to a multiple] int32, filled up with -1."""
+    missing = -indices.shape[1] % multiple, queries - len(indices)
+    if any(missing):
+        indices = F.pad(indices, (0, missing[0], 0, missing[1]), value=-1)
+    return indices.int().contiguous()
+
+
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @once
