@@ -1,13 +1,22 @@
 """What every registered format owes its users; a new format is tested here without an edit."""
 
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from evalkit import kv
+from evalkit import cli, kv
+from evalkit.candidate import Candidate
 from evalkit.errors import InputError
-from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
-from evalkit.kv.scales import ReadScale, Scales
+from evalkit.kv.base import RowFormat, formats
+from evalkit.kv.scales import Scales
 
 # Saturates nothing in the fixtures, and is neither a power of two nor the same for both parts.
 SCALES = Scales(latent=11.3, rope=13.7)
@@ -232,30 +241,79 @@ def test_tensors_on_another_device_than_the_cache_are_refused(row_format: RowFor
         )
 
 
-def test_a_format_is_one_class() -> None:
-    """What CONTRIBUTING promises: define it, and it is known by name."""
+# All that a new format is, but for its row of bytes and its docstring.
+ONE_FILE = """
+import torch
+from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
+@formats.register
+class RopeFirst(RowFormat):
+    name, row_bytes = "rope_first", 1152
+    def encode(self, latent, rope, scales):
+        return as_bytes(rope.bfloat16(), latent.bfloat16())
+    def decode(self, rows, scales, read_scale):
+        values = rows.view(torch.bfloat16).float()
+        return values[:, 64:], values[:, :64]
+    def planes(self, cache):
+        return Rows(cache.view(-1, 1152).view(torch.bfloat16))
+"""
+
+
+@pytest.fixture
+def rope_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of rope_first.py, which is imported, and forgotten afterwards."""
+    (tmp_path / "rope_first.py").write_text(ONE_FILE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     before = kv.names()
-
-    @formats.register
-    class Fp16(RowFormat):
-        name, row_bytes = "fp16", 1152
-
-        def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
-            return as_bytes(latent.half(), rope.half())
-
-        def decode(self, rows: Tensor, scales: Scales, read_scale: ReadScale) -> tuple[Tensor, Tensor]:
-            values = rows.view(torch.half).float()
-            return values[:, :512], values[:, 512:]
-
-        def planes(self, cache: Tensor) -> Rows:
-            return Rows(cache.view(-1, 1152).view(torch.half))
-
-    try:
-        assert kv.names() == sorted([*before, "fp16"])
-        row = (torch.full((1, 512), 0.5), torch.full((1, 64), 0.25))
-        got = kv.get("fp16").load(stored(kv.get("fp16"), torch.tensor([9]), row), torch.tensor([9]), SCALES)
-        assert torch.equal(got[0], row[0])
-        assert torch.equal(got[1], row[1])
-    finally:
-        formats.remove("fp16")
+    importlib.import_module("rope_first")
+    yield tmp_path
+    formats.remove("rope_first")
+    del sys.modules["rope_first"]
     assert kv.names() == before
+
+
+def test_a_format_is_twelve_lines_that_every_command_knows(
+    rope_first: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(ONE_FILE.strip().splitlines()) <= 12
+    assert "rope_first" in kv.names()
+    monkeypatch.setenv("COLUMNS", "200")
+    for command, said in (
+        ("formats", r"rope_first\W+1152\W+100%"),
+        ("doctor", r"reference\W+rope_first\W+yes"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command])
+        assert caught.value.code == 0
+        assert re.search(said, capsys.readouterr().out)
+    candidate = Candidate.parse("rope_first@reference+reader=sm90_bf16")
+    assert kv.resolve(candidate.format, candidate.backend) == "rope_first"
+    assert str(candidate.on("reference", "rope_first")) == "rope_first@reference+reader=sm90_bf16"
+    with pytest.raises(InputError, match="rope_first takes no scale from outside"):
+        Candidate.parse("rope_first:calibrated@reference").on("reference", "rope_first")
+
+
+def test_the_checks_of_this_file_run_over_a_format_of_another(rope_first: Path) -> None:
+    """In a process of its own, since pytest asks for the names when it collects."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "rope_first",
+            "-k",
+            "[rope_first",
+            __file__,
+        ],
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(rope_first), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    counts = re.search(r"(\d+) passed, \d+ deselected", done.stdout)
+    assert done.returncode == 0, done.stdout
+    assert counts is not None, done.stdout
+    assert int(counts[1]) >= 35
