@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Self
@@ -27,6 +28,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class CalibrationMethod(StrEnum):
+    """What of a layer's |x| its scale is made to fit."""
+
+    max = "max"
+    percentile = "percentile"
+
 
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="A TOML file; without it, the defaults.")
@@ -106,6 +115,67 @@ def report(
     page = html.write(path)
     terminal.show(path)
     print(page)
+
+
+@app.command()
+def calibrate(
+    checkpoint: Annotated[
+        str, typer.Option(metavar="DIR", help="A checkpoint's directory, or an embedded one's name.")
+    ] = "dsa-nano",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file to write.  [default: kv-scales.safetensors]")
+    ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Make this directory instead: the checkpoint, by links, with its scales."
+        ),
+    ] = None,
+    method: Annotated[CalibrationMethod, typer.Option(help="What of |x| is to fit.")] = CalibrationMethod.max,
+    percentile: Annotated[
+        float | None,
+        typer.Option(
+            help="With --method percentile: the share of |x| that must not saturate.  [default: 99.99]"
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Prompts, one a line, or JSON lines; without it, generated documents."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, at most.")] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generated documents.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what was written before.")] = False,
+) -> None:
+    """Write per-layer scales for fp8_e4m3, one for latent and rope, as a checkpoint carries them.
+
+    Example: evalkit calibrate --checkpoint dsa-nano --into dsa-nano-scaled --method percentile --percentile 99.99
+    """
+    if out is not None and into is not None:
+        raise InputError("--out and --into: give one, a file or a directory to make")
+    if method is CalibrationMethod.max and percentile is not None:
+        raise InputError(f"--percentile {percentile:g} needs --method percentile")
+    RunConfig(device=device)  # refuses a device that is none
+    if into is None and out is None:
+        out = Path("kv-scales.safetensors")
+    from evalkit.calibrate import calibrate
+
+    scales = calibrate(
+        checkpoint,
+        out=out,
+        into=into,
+        percentile=100 if method is CalibrationMethod.max else 99.99 if percentile is None else percentile,
+        prompts=prompts,
+        tokens=tokens,
+        seed=seed,
+        device=device,
+        replace=force,
+    )
+    values = [layer.latent for layer in scales.values()]
+    print(f"scales {min(values):.3g} to {max(values):.3g} over {len(values)} layers")
+    print(into if into is not None else out)
 
 
 @app.command()

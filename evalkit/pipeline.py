@@ -14,15 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,13 +23,14 @@ from evalkit.candidate import BEST, Candidate
 from evalkit.compare.layers import calibrate, compare, count_passes
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
-from evalkit.evaluate.documents import generated_text
+from evalkit.evaluate.documents import calibration_documents, generated_tokens
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
 from evalkit.kv import Scales
 from evalkit.kv.aliases import BF16_NAMES
 from evalkit.model.load import load, resolve_checkpoint
 from evalkit.model.proof import bytes_per_token
+from evalkit.progress import progress
 from evalkit.records import (
     CandidateRecord,
     EnvironmentRecord,
@@ -52,8 +44,6 @@ from evalkit.report import html, markdown, terminal
 from evalkit.stats import paired
 
 DEFAULT_CANDIDATES = ("bf16", "fp8_e4m3:one", "fp8_e4m3:calibrated", "fp8_ds_mla")
-CALIBRATION_DOCUMENTS = 2
-SHORTEST_DOCUMENT = 256
 # What a run's numbers depend on beyond its configuration: it cannot go on where one differs.
 SAME_FACTS = ("checkpoint_sha256", "device", "gpu", "dtype")
 
@@ -148,7 +138,7 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
         write.write(now)
         for requested, candidate in zip(prepared.requested, prepared.candidates, strict=True):
             scales = prepared.scales[candidate]
-            backend = backends.get(candidate.backend)
+            backend = backends.reading(candidate.backend, candidate.reader, candidate.read)
             scorer = indexer.kernel_for(
                 candidate.index, model.dtype, model.config.index_n_heads, model.device
             )
@@ -158,7 +148,7 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
                     format=candidate.format,
                     scales=candidate.scales,
                     backend=candidate.backend,
-                    kernel=f"{backend.kernel}; index scores: {scorer}",
+                    kernel=f"{backend.kernel_on(model.device)}; index scores: {scorer}",
                     index=candidate.index,
                     read=candidate.read,
                     row_bytes_per_token=kv.get(candidate.format).row_bytes,
@@ -176,7 +166,7 @@ def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
     if "layers" not in prepared.config.stages or directory.done("layers"):
         return
     passes = count_passes(prepared.model, len(prepared.documents), len(prepared.candidates))
-    with directory.stage("layers") as write, _progress("layers", passes) as advance:
+    with directory.stage("layers") as write, progress("layers", passes) as advance:
         for record in compare(
             prepared.model,
             prepared.documents,
@@ -295,7 +285,7 @@ def _documents(config: RunConfig, lm: EvalkitLM) -> list[Tensor]:
             f"layers_prompt_tokens + layers_decode_tokens is {wanted}, the model holds {longest}: ask for fewer"
         )
     if config.layers_prompts is None:
-        return [_generated(lm, wanted, config.seed)]
+        return [generated_tokens(lm.tok_encode, wanted, config.seed)]
     ids = lm.tok_encode(config.layers_prompts.read_text(encoding="utf-8"))[:wanted]
     if len(ids) < wanted:
         raise InputError(
@@ -305,15 +295,6 @@ def _documents(config: RunConfig, lm: EvalkitLM) -> list[Tensor]:
     return [torch.tensor(ids)]
 
 
-def _generated(lm: EvalkitLM, tokens: int, seed: int) -> Tensor:
-    """The last `tokens` tokens of a generated document, so that they end in its answer."""
-    length = max(tokens, SHORTEST_DOCUMENT)
-    # Lengths are in dsa-nano's tokens; another tokenizer may need fewer for the same text.
-    while len(ids := lm.tok_encode(generated_text("registers", length, seed))) < tokens:
-        length += length // 2
-    return torch.tensor(ids[-tokens:])
-
-
 def _scales(
     candidate: Candidate, checkpoint: Path, model: Any, lm: EvalkitLM, config: RunConfig
 ) -> Mapping[int, Scales]:
@@ -321,9 +302,7 @@ def _scales(
         return kv.from_checkpoint(checkpoint)
     if candidate.scales == "calibrated":
         length = min(config.layers_prompt_tokens, lm.max_length)
-        # Other documents than those compared: a scale fitted to the test would flatter the format.
-        seeds = range(config.seed + 1, config.seed + 1 + CALIBRATION_DOCUMENTS)
-        prompts = [_generated(lm, length, seed) for seed in seeds]
+        prompts = calibration_documents(lm.tok_encode, length, config.seed)
         return calibrate(model, prompts, kv.get(candidate.format))
     return {}
 
@@ -370,17 +349,3 @@ def _task_records(
             mean_context_tokens=scored.mean_context_tokens,
             share_over_topk=scored.share_over(topk),
         )
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)

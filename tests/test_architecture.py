@@ -15,6 +15,7 @@ PACKAGE = Path(evalkit.__file__).parent
 RANK = {
     "errors": 0,
     "registry": 1,
+    "progress": 1,
     "schema": 1,
     "records": 2,
     "kv": 2,
@@ -30,6 +31,8 @@ RANK = {
     "gate": 6,
     "report": 6,
     "pipeline": 7,
+    "calibrate": 7,
+    "doctor": 7,
     "cli": 8,
 }
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -16,6 +16,7 @@ import torch
 from evalkit import cli, pipeline
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
+from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS
 from evalkit.model.load import EMBEDDED
 from evalkit.records import (
     CandidateRecord,
@@ -260,7 +261,7 @@ def test_scales_are_calibrated_on_other_documents_than_those_compared(
 
     monkeypatch.setattr(pipeline, "calibrate", calibrate)
     prepared = pipeline.prepare(config)
-    assert len(calibrated) == pipeline.CALIBRATION_DOCUMENTS
+    assert len(calibrated) == CALIBRATION_DOCUMENTS
     compared = [document.tolist() for document in prepared.documents]
     for document in calibrated:
         assert not any(document.tolist()[-90:] == other[-90:] for other in compared)

@@ -27,6 +27,7 @@ from evalkit.compare import noise
 from evalkit.compare.arms import DECODE, ISOLATED, PREFILL, PROPAGATED, REFERENCE, Arm, Subject, arms_of
 from evalkit.compare.capture import ATTENTION_PROBES, FROZEN_PROBES, LayerPass, run_layer
 from evalkit.compare.cells import Cell, ReferencePass
+from evalkit.compare.magnitudes import Magnitudes
 from evalkit.compare.metrics import Accumulator
 from evalkit.compare.ranges import RangeAccumulator
 from evalkit.compare.rows import layer_record, no_kernel_floor, range_record, token_record
@@ -93,25 +94,31 @@ def count_passes(model: Any, documents: int, candidates: int, floors: Sequence[S
 
 @torch.no_grad()
 def calibrate(
-    model: Any, documents: Sequence[Tensor], format: RowFormat, advance: Advance | None = None
+    model: Any,
+    documents: Sequence[Tensor],
+    format: RowFormat,
+    advance: Advance | None = None,
+    percentile: float = 100,
 ) -> dict[int, Scales]:
     """Scales that saturate neither latent nor rope of these documents, by layer.
 
-    `advance` is called once for each layer and document.
+    `advance` is called once for each layer and document. With a `percentile` below 100, up to the rest of latent
+    and of rope may saturate.
 
     Raises:
-        InputError: there is no document, or a layer stores nothing but zeros.
+        InputError: there is no document, a layer stores nothing but zeros or what is not finite, or the percentile
+            is outside (0, 100].
     """
     _check(model, documents, [REFERENCE], decode_tokens=0)
     stream, found = LayerStream(model, documents, [], 0, advance or _nothing), {}
     for layer in range(model.config.num_hidden_layers):
-        largest = {"latent": 0.0, "rope": 0.0}
+        sizes = {"latent": Magnitudes(), "rope": Magnitudes()}
         for document in range(len(documents)):
             ref = stream.reference(layer, document).run
             stream.inputs[document] = ref.hidden
-            for part, so_far in largest.items():
-                largest[part] = max(so_far, float(ref.probes[part].abs().max()))
-        found[layer] = format.calibrate(largest["latent"], largest["rope"])
+            for part, counted in sizes.items():
+                counted.add(ref.probes[part])
+        found[layer] = format.calibrate(*(sizes[part].percentile(percentile) for part in ("latent", "rope")))
     return found
 
 

@@ -4,11 +4,38 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from evalkit.errors import InputError
 from evalkit.evaluate.tasks import tasks_dir
+
+CALIBRATION_DOCUMENTS = 2
+SHORTEST_DOCUMENT = 256
+
+Encode = Callable[[str], list[int]]
+
+
+def calibration_documents(encode: Encode, tokens: int, seed: int) -> list[Tensor]:
+    """What scales are calibrated on unless prompts are given: `CALIBRATION_DOCUMENTS` of token ids [tokens].
+
+    None of them is the document that a run of this seed compares layers on: a scale fitted to the test would flatter
+    its format.
+    """
+    return [generated_tokens(encode, tokens, seed + 1 + number) for number in range(CALIBRATION_DOCUMENTS)]
+
+
+def generated_tokens(encode: Encode, tokens: int, seed: int) -> Tensor:
+    """The last `tokens` token ids of a generated document, so that they end in its answer."""
+    length = max(tokens, SHORTEST_DOCUMENT)
+    # Lengths are in dsa-nano's tokens; another tokenizer may need fewer for the same text.
+    while len(ids := encode(generated_text("registers", length, seed))) < tokens:
+        length += length // 2
+    return torch.tensor(ids[-tokens:])
 
 
 def generated_text(task: str, length: int, seed: int) -> str:

@@ -3,12 +3,12 @@
 from evalkit.kv import index
 from evalkit.kv.aliases import resolve
 from evalkit.kv.base import RowFormat, formats
+from evalkit.kv.scale_files import from_checkpoint
 from evalkit.kv.scales import (
     IDENTITY,
     ReadScale,
     Scales,
     calibrate,
-    from_checkpoint,
     identity,
     round_to_bf16,
     truncate_to_e8m0,

@@ -1,6 +1,6 @@
 """The Triton kernel of fused.py. One program scores KEYS keys of one sequence for QUERIES queries, one at a time."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 # Triton takes an annotation for a type of its own.
 
 import triton
