@@ -23,6 +23,7 @@ class Subject:
     prefill_chunks: in how many equal pieces the prompt is processed; with more than one, decode tokens go at
         once.
     noise: half-width of the multiplicative noise on latent and rope before they are stored; 0 is none.
+    splits: its kernel splits each query's keys, and is compared with the `floor:kernel` subject, which does not.
     runs_frozen: whether it also runs with selection and routing frozen to the reference's.
     """
 
@@ -31,6 +32,7 @@ class Subject:
     rung: str = "total"
     prefill_chunks: int = 1
     noise: float = 0.0
+    splits: bool = False
     runs_frozen: bool = True
 
     @property

@@ -16,6 +16,7 @@ again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -30,7 +31,7 @@ from evalkit.compare.cells import Cell, ReferencePass
 from evalkit.compare.magnitudes import Magnitudes
 from evalkit.compare.metrics import Accumulator
 from evalkit.compare.ranges import RangeAccumulator
-from evalkit.compare.rows import layer_record, no_kernel_floor, range_record, token_record
+from evalkit.compare.rows import layer_record, missing_floor, range_record, token_record
 from evalkit.compare.rungs import Rungs, rungs
 from evalkit.compare.tokens import TokenAccumulator
 from evalkit.errors import InputError
@@ -76,8 +77,9 @@ def compare(
     given = scales or {}
     subjects = [Subject(candidate=candidate, scales=given.get(candidate, {})) for candidate in candidates]
     stream = LayerStream(model, documents, [*subjects, *floors], decode_tokens, advance or _nothing)
-    if noise.kernel_floor(model)[0] is None and floors:
-        yield no_kernel_floor()
+    for rung, measured in ((noise.KERNEL, noise.kernel_floor), (noise.SPLIT, noise.split_floor)):
+        if floors and measured(model)[0] is None:
+            yield missing_floor(rung)
     for layer in range(model.config.num_hidden_layers):
         yield from stream.layer(layer)
     yield from stream.logits()
@@ -142,6 +144,7 @@ class LayerStream:
         moving = [arm for arm in self.arms if arm.mode == PROPAGATED]
         self.hidden = {(arm, number): x for arm in moving for number, x in enumerate(self.inputs)}
         self.selections: dict[tuple[Arm | None, int], Tensor] = {}  # of the last layer with an indexer
+        self.unsplit: dict[str, LayerPass] = {}  # by mode, what a kernel that splits keys is compared with
 
     @torch.no_grad()
     def layer(self, index: int) -> list[Record]:
@@ -182,8 +185,8 @@ class LayerStream:
             got = self._run(
                 arm, cell.layer, document, self.inputs[document], selection=selection, keep_call=split
             )
-            cell.add(got, ref, self._rungs(arm.subject, got, ref) if split else None)
-            return LayerPass(got.hidden, got.probes, None)
+            cell.add(got, self._counterpart(arm, ref), self._rungs(arm.subject, got, ref) if split else None)
+            return self._kept(arm, LayerPass(got.hidden, got.probes, None))
         source, selection, routing = self.hidden[arm, document], None, None
         if arm.frozen:
             selection, routing = ref.selection, ref.run.probes.get("routing")
@@ -195,11 +198,24 @@ class LayerStream:
             self.advance()
         else:
             got = self._run(arm, cell.layer, document, source, selection=selection, routing=routing)
-        cell.add(got, ref, None)
+        cell.add(self._kept(arm, got), self._counterpart(arm, ref), None)
         self.hidden[arm, document] = got.hidden
         if self._indexers_are_shared and not arm.frozen:
             self.selections[arm, document] = got.probes["selection"]
         return isolated
+
+    def _kept(self, arm: Arm, got: LayerPass) -> LayerPass:
+        """The same pass, kept while the document lasts if the splitting kernel is compared with it."""
+        if arm.subject.rung == noise.KERNEL and not arm.frozen and any(x.splits for x in self.subjects):
+            self.unsplit[arm.mode] = got
+        return got
+
+    def _counterpart(self, arm: Arm, ref: ReferencePass) -> ReferencePass:
+        """What an arm is compared with: the reference, or its own kernel's pass without splits."""
+        if not arm.subject.splits:
+            return ref
+        run = self.unsplit.pop(arm.mode)
+        return replace(ref, run=run, selection=run.probes["selection"])
 
     def _rungs(self, subject: Subject, got: LayerPass, ref: ReferencePass) -> Rungs:
         assert ref.run.call is not None
@@ -221,6 +237,8 @@ class LayerStream:
         """One arm through one layer on a cache of its own, which goes when the pass does."""
         subject = arm.subject
         cache = self.model.evalkit.new_cache(candidate=subject.candidate, scales=subject.scales)
+        if subject.splits:
+            cache.state.backend = cache.state.backend.splitting()
         spans = subject.spans(self.prefill[document], source.shape[1])
         seed = NOISE_SEED + 1000 * document + index
         probes = FROZEN_PROBES if arm.frozen else ATTENTION_PROBES
@@ -264,7 +282,7 @@ class LayerStream:
                 continue
             metrics: dict[str, Accumulator] = {}
             tokens: dict[str, TokenAccumulator] = {}
-            for document, ref in enumerate(self.inputs):
+            for document, ref in enumerate(self._last_hidden(arm)):
                 for phase, span in _logit_spans(ref, self.prefill[document], self.model.config.vocab_size):
                     got, wanted = (self.head(x[:, span]) for x in (self.hidden[arm, document], ref))
                     metrics.setdefault(phase, Accumulator()).add(got, wanted)
@@ -273,6 +291,13 @@ class LayerStream:
                 yield layer_record(arm, None, phase, "logits", arm.subject.rung, accumulator.result())
                 if not arm.subject.is_floor:
                     yield token_record(arm, phase, tokens[phase].result())
+
+    def _last_hidden(self, arm: Arm) -> list[Tensor]:
+        """What an arm's hidden states are compared with at the end, by document: see `_counterpart`."""
+        if not arm.subject.splits:
+            return self.inputs
+        own = next(x for x in self.arms if x.subject.rung == noise.KERNEL and x.mode == PROPAGATED)
+        return [self.hidden[own, document] for document in range(len(self.inputs))]
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [1, T, D] after the last layer -> logits [T, V]."""

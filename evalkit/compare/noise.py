@@ -1,8 +1,9 @@
 """The noise floor: what bf16 differs from itself by, on the same tokens.
 
-Three kinds, recorded apart as rungs: `floor:kernel` (another kernel reads the same bf16 rows), `floor:batch`
-(the same tokens in steps of another size) and `floor:noise` (latent and rope times 1 + u, u uniform within
-2^-9, half a unit in bf16's last place, and stored as bf16: dithered where the model computes in bf16).
+Four kinds, recorded apart as rungs: `floor:kernel` (another kernel reads the same bf16 rows), `floor:split` (that
+kernel, each query's keys split over processors, against itself without), `floor:batch` (the same tokens in steps of
+another size) and `floor:noise` (latent and rope times 1 + u, u uniform within 2^-9, half a unit in bf16's last
+place, and stored as bf16: dithered where the model computes in bf16).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from evalkit.compare.arms import REFERENCE, Subject
 from evalkit.errors import InputError
 from evalkit.records import LayerRecord
 
-KERNEL, BATCH, NOISE = "floor:kernel", "floor:batch", "floor:noise"
+KERNEL, SPLIT, BATCH, NOISE = "floor:kernel", "floor:split", "floor:batch", "floor:noise"
 HALF_ULP: Final = 2.0**-9
 LATENT_DIM: Final = 512
 
 
 def floors(model: Any) -> list[Subject]:
-    """The floors that can be measured for a loaded model where it is; see `kernel_floor` for the one that may
-    not.
+    """The floors that can be measured for a loaded model where it is; see `kernel_floor` and `split_floor` for those
+    that may not.
 
     Only the kernel floor, the one that multiples are taken of, also runs frozen.
     """
@@ -35,14 +36,17 @@ def floors(model: Any) -> list[Subject]:
         Subject(candidate=REFERENCE, rung=BATCH, prefill_chunks=3, runs_frozen=False),
         Subject(candidate=REFERENCE, rung=NOISE, noise=HALF_ULP, runs_frozen=False),
     ]
+    split, _ = split_floor(model)
+    if split is not None:
+        found.insert(0, Subject(candidate=split, rung=SPLIT, splits=True, runs_frozen=False))
     other, _ = kernel_floor(model)
     return found if other is None else [Subject(candidate=other, rung=KERNEL), *found]
 
 
 def kernel_floor(model: Any) -> tuple[Candidate | None, str]:
-    """The first other backend that reads bf16 for this model here, or None with every backend's reason."""
+    """The first kernel that reads bf16 for this model here, or None with every kernel's reason."""
     reasons = []
-    for name in backends.names():
+    for name in backends.PREFERENCE:  # real kernels: what another backend models is no second opinion
         if name == REFERENCE.backend:
             continue
         try:
@@ -52,6 +56,14 @@ def kernel_floor(model: Any) -> tuple[Candidate | None, str]:
         else:
             return found, ""
     return None, "; ".join(reasons) or "no other backend is registered"
+
+
+def split_floor(model: Any) -> tuple[Candidate | None, str]:
+    """The kernel of `kernel_floor`, if it can split a bf16 query's keys, or None with the reason."""
+    other, reason = kernel_floor(model)
+    if other is not None and backends.get(other.backend).splitting() is None:
+        return None, f"{other.backend}'s bf16 kernel never splits a query's keys"
+    return other, reason
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from evalkit.compare.arms import PREFILL, PROPAGATED, REFERENCE, Arm
 from evalkit.compare.metrics import Figures
-from evalkit.compare.noise import KERNEL
 from evalkit.compare.ranges import RangeFigures
 from evalkit.compare.selection import SelectionFigures
 from evalkit.compare.tokens import TokenFigures
@@ -46,8 +45,8 @@ def token_record(arm: Arm, phase: str, found: TokenFigures) -> TokenRecord:
     return TokenRecord(candidate=candidate, phase=phase, frozen=arm.frozen_name, **asdict(found))
 
 
-def no_kernel_floor() -> LayerRecord:
-    """No other kernel reads bf16 here: a floor without a number, which a reader prints as n/a."""
+def missing_floor(rung: str) -> LayerRecord:
+    """A floor that cannot be measured here: a record without a number, which a reader prints as n/a."""
     missing: dict[str, Any] = dict.fromkeys(RECORDED - {"nonfinite", "n"})
     return LayerRecord(
         candidate=str(REFERENCE),
@@ -55,7 +54,7 @@ def no_kernel_floor() -> LayerRecord:
         phase=PREFILL,
         mode=PROPAGATED,
         probe="attention",
-        rung=KERNEL,
+        rung=rung,
         frozen="none",
         nonfinite=0,
         n=0,

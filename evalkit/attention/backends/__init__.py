@@ -12,7 +12,7 @@ from evalkit.attention.backends.base import Backend, backends
 from evalkit.attention.backends.decoded import Decoded
 from evalkit.errors import InputError
 
-__all__ = ["Backend", "best", "get", "names", "reading", "refuse_unavailable"]
+__all__ = ["PREFERENCE", "Backend", "best", "get", "names", "reading", "refuse_unavailable"]
 
 PREFERENCE = ("flashinfer", "flashmla", "reference")
 

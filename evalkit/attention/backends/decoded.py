@@ -38,7 +38,11 @@ class Decoded(BF16Operands):
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.name = inner.name
-        self.kernel = f"rows decoded to bf16, then {inner.kernel}"
+        self.kernel = f"{inner.kernel}, on rows decoded to bf16"
+        self.takes_float32 = inner.takes_float32
+
+    def kernel_on(self, device: torch.device) -> str:
+        return f"{self.inner.kernel_on(device)}, on rows decoded to bf16"
 
     def unavailable_because(
         self, format: RowFormat, device: torch.device, heads: int, topk: int
