@@ -3,7 +3,7 @@
 #   make test TORCH=torch==2.12   another torch
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv install eval-fp8 test test-gpu lint format report clean
+.PHONY: help venv install eval-fp8 test test-gpu bench-kernels lint format report clean
 export TIMEFORMAT := took %0lR
 
 VENV    ?= .venv
@@ -50,6 +50,9 @@ test: lint  ## ruff, mypy, and every test that needs no GPU
 
 test-gpu: $(READY)  ## the tests that need a GPU
 	@time $(PY) -m pytest -q -m gpu $(ARGS)
+
+bench-kernels: $(READY)  ## errors and times of every format on every kernel that reads it here
+	@time $(PY) -m benchmarks.kernels $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	@$(PY) -m ruff check -q

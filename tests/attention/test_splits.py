@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from evalkit import kv
+from evalkit.attention import backends
 from evalkit.attention.backends import flashinfer, flashmla
 from evalkit.attention.backends.flashinfer import FlashInfer, padding_against_splits
+from evalkit.kv import Scales
 
 
 def is_cut(lengths: list[int], heads: int, processors: int) -> bool:
@@ -104,3 +109,103 @@ def test_padding_repeats_the_longest_selection_after_the_others(plans: list[list
 
 def test_a_selection_without_columns_has_no_slots() -> None:
     assert flashinfer._lengths(torch.empty(3, 0, dtype=torch.int32)) == [0, 0, 0]
+
+
+def exactly(query: Tensor, rows: Tensor, indices: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
+    """Exact attention over bf16 rows [N, C + R], with +inf for a query without a slot, as FlashMLA gives it."""
+    reference = backends.get("reference")
+    cache = rows.view(-1, 576).view(torch.uint8)
+    queries = query[..., :512], query[..., 512:]
+    out, lse = reference.attend(*queries, cache, kv.get("bf16"), indices, sm_scale, Scales())
+    return out, lse.where(lse > -torch.inf, torch.inf)
+
+
+class ExactWrapper:
+    """In place of FlashInfer's wrapper: exact attention over the slots that were planned."""
+
+    def __init__(self, slots: Tensor, lengths: list[int], query: Tensor, _: Any, sm_scale: float) -> None:
+        self.slots, self.lengths, self.sm_scale = slots, lengths, sm_scale
+
+    def run(self, *, query: Any, kv_cache: Any, out: Tensor, lse: Tensor, **_: Any) -> None:
+        rows = torch.cat([part.squeeze(1) for part in kv_cache], -1)
+        assert [len(part) for part in (*query, out, lse)] == [len(self.lengths)] * 4
+        start = 0
+        for number, length in enumerate(self.lengths):
+            one = torch.cat([part[number : number + 1] for part in query], -1)
+            slots = self.slots[start : start + length][None]
+            out[number], lse[number] = (part[0] for part in exactly(one, rows, slots, self.sm_scale))
+            start += length
+        lse.masked_fill_(lse == torch.inf, -torch.inf)  # FlashInfer's word for a query without a slot
+
+
+@pytest.fixture
+def processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+@pytest.mark.usefixtures("processors")
+@pytest.mark.parametrize("backend", ["flashinfer", "flashmla"])
+@pytest.mark.parametrize("heads", [8, 64, 128])
+@pytest.mark.parametrize("counts", [(70, 3, 0), (70,) * 5, (0, 0), (70,) * 80])
+def test_what_is_added_to_a_call_leaves_no_trace_in_its_result(
+    backend: str, heads: int, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, heads and slots are filled up for the kernel; queries and slots in two calls are served in two."""
+    seen: list[torch.Size] = []
+
+    def prefill(query: Tensor, rows: Tensor, indices: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
+        seen.append(query.shape)
+        assert query.shape[1] in (64, 128)
+        assert (len(indices), indices.shape[1] % 128, indices.dtype) == (len(query), 0, torch.int32)
+        return exactly(query, rows, indices, sm_scale)
+
+    monkeypatch.setattr(flashmla, "_prefill", prefill)
+    monkeypatch.setattr(flashinfer, "_plan", ExactWrapper)
+    monkeypatch.setattr(flashmla, "ROWS_PER_CALL", 60)
+    monkeypatch.setattr(flashinfer, "WORK_ITEMS_PER_PLAN", 60)
+    draw = torch.Generator().manual_seed(8)
+    rows = torch.randn(96, 576, generator=draw).bfloat16()
+    indices = torch.full((len(counts), 72), -1, dtype=torch.int32)
+    for number, count in enumerate(counts):
+        indices[number, :count] = torch.randperm(96, generator=draw)[:count].int()
+    query = torch.randn(len(counts), heads, 576, generator=draw).bfloat16()
+    want, want_lse = exactly(query, rows, indices, 0.07)
+    cache, given = rows.view(torch.uint8), FlashInfer() if backend == "flashinfer" else backends.get(backend)
+    for _ in range(2):  # the second on a kept plan
+        inputs = query[..., :512], query[..., 512:], cache, kv.get("bf16"), indices, 0.07, Scales()
+        out, lse = given.attend(*inputs)
+        torch.testing.assert_close(out, want, rtol=0, atol=2e-2)
+        torch.testing.assert_close(lse, want_lse.where(want_lse < torch.inf, -torch.inf))
+        assert out.is_contiguous()
+    if backend == "flashmla":
+        assert [shape[0] for shape in seen] == 2 * ([60, 20] if len(counts) == 80 else [len(counts)])
+
+
+@pytest.mark.usefixtures("processors")
+@pytest.mark.parametrize(("heads", "least"), [(8, 67), (128, 34)])
+def test_flashmla_decodes_no_fewer_queries_than_it_leaves_uncut(
+    heads: int, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    format, seen = kv.get("fp8_ds_mla"), []
+
+    def decode(query: Tensor, rows: Tensor, indices: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
+        seen.append((len(query), tuple(indices.shape), bool((indices[3:] == -1).all())))
+        cache = rows.flatten(1)
+        queries = query[..., :512], query[..., 512:]
+        return backends.get("reference").attend(*queries, cache, format, indices, sm_scale, Scales())
+
+    monkeypatch.setattr(flashmla, "_decode", decode)
+    draw = torch.Generator().manual_seed(9)
+    cache = format.allocate(64)
+    latent, rope = torch.randn(64, 512, generator=draw), torch.randn(64, 64, generator=draw)
+    format.store(cache, torch.arange(64), latent, rope, Scales())
+    q_latent = torch.randn(3, heads, 512, generator=draw).bfloat16()
+    q_rope = torch.randn(3, heads, 64, generator=draw).bfloat16()
+    indices = torch.arange(20, dtype=torch.int32).repeat(3, 1)
+    inputs = q_latent, q_rope, cache, format, indices, 0.07, Scales()
+    out, lse = backends.get("flashmla").attend(*inputs)
+    want, want_lse = backends.get("reference").attend(*inputs)
+    assert seen == [(least, (least, 64), True)]
+    torch.testing.assert_close(out, want, rtol=0, atol=2e-2)
+    torch.testing.assert_close(lse, want_lse)
