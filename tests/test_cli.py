@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from evalkit import cli
+from evalkit import cli, kv
 
-COMMANDS = ["run", "layers", "tasks", "report", "formats", "doctor", "lm-eval"]
+COMMANDS = ["run", "layers", "tasks", "report", "calibrate", "formats", "doctor", "lm-eval"]
 
 
 def exit_code(*arguments: str) -> object:
@@ -88,21 +88,33 @@ def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch):
     assert exit_code("report") == 130
 
 
-def test_formats_lists_every_format_with_its_bytes(capsys: pytest.CaptureFixture[str]):
+def test_formats_lists_every_format_with_its_bytes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "160")
     assert exit_code("formats") == 0
-    rows = {
-        line.split()[1]: line.split()[3]
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("│")
-    }
-    assert rows.items() >= {"bf16": "1152", "fp8_e4m3": "576", "fp8_ds_mla": "656"}.items()
+    lines = capsys.readouterr().out.splitlines()
+    end = lines.index("")
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:end]}
+    keys = {line.split()[0]: line.split()[1:] for line in lines[end + 2 : lines.index("", end + 1)]}
+    assert list(rows) == kv.names()
+    assert list(keys) == kv.index.names()
+    assert rows["bf16"][:4] == ["1152", "100%", "1284", "none"]
+    assert rows["fp8_e4m3"][:4] == ["576", "50%", "708", "given"]
+    assert rows["fp8_ds_mla"][:4] == ["656", "57%", "788", "none"]
+    assert keys["indexer_fp8_ue8m0"][:2] == ["132", "fp8"]
+    assert keys["bf16"][:2] == ["256", "bf16"]
+    assert all(len(row) > 4 for row in rows.values()), "each format says in a phrase what it is"
+    assert all(len(key) > 2 for key in keys.values()), "each format says in a phrase what it is"
 
 
 def test_doctor_says_what_runs_here(capsys: pytest.CaptureFixture[str]):
-    assert exit_code("doctor", "--heads", "16", "--topk", "512") == 0
+    assert exit_code("doctor", "--heads", "16", "--topk", "512", "--index-heads", "8") == 0
     out = capsys.readouterr().out
-    assert "16 heads and top-512" in out
-    assert "reference" in out
+    assert "with 16 attention heads, top-512 and 8 indexer heads" in out
+    assert "relative L2" in out
+    assert exit_code("doctor", "--no-check") == 0
+    assert "relative L2" not in capsys.readouterr().out
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]):

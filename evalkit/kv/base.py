@@ -26,10 +26,11 @@ class RowFormat(ABC):
 
     `value_dim` leading elements of what `load` returns are what attention sums. `uses_scales` is True where
     `Scales.latent` or `Scales.rope` change the bytes. `four_bit` is True where the latent is e2m1: coarse, and without
-    a code for NaN.
+    a code for NaN. `what` says in a phrase what a row is.
     """
 
     name: str
+    what: str = ""
     row_bytes: int
     latent_dim: int = 512
     rope_dim: int = 64

@@ -11,6 +11,7 @@ from evalkit.kv.scales import ReadScale, Scales
 @formats.register
 class Bf16(RowFormat):
     name, row_bytes = "bf16", 1152
+    what = "bf16 numbers, vLLM's auto: the baseline"
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         return as_bytes(latent.bfloat16(), rope.bfloat16())

@@ -11,6 +11,7 @@ from evalkit.kv.scales import ReadScale, Scales
 @formats.register
 class Fp32(RowFormat):
     name, row_bytes = "fp32", 2304
+    what = "float32 numbers: no server has it, it verifies the path itself"
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         return as_bytes(latent.float(), rope.float())

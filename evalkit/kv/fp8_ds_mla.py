@@ -15,6 +15,7 @@ from evalkit.kv.scales import ReadScale, Scales
 @formats.register
 class Fp8DsMla(RowFormat):
     name, row_bytes = "fp8_ds_mla", 656
+    what = "DeepSeek's own: e4m3 latent, a power of two every 128, bf16 rope"
 
     def tile_scale(self, tiles: Tensor) -> Tensor:
         """The write rule: tiles [T, 4, TILE] -> scale [T, 4] float32."""

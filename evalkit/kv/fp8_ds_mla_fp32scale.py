@@ -14,6 +14,7 @@ from evalkit.kv.fp8_ds_mla import Fp8DsMla
 @formats.register
 class Fp8DsMlaFp32Scale(Fp8DsMla):
     name = "fp8_ds_mla_fp32scale"
+    what = "fp8_ds_mla with any float32 scale, as vLLM wrote up to 0.25.1"
 
     def tile_scale(self, tiles: Tensor) -> Tensor:
         return divide(tile_amax(tiles), E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)

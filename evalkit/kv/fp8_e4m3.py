@@ -16,6 +16,7 @@ from evalkit.kv.scales import ReadScale, Scales
 @formats.register
 class Fp8E4m3(RowFormat):
     name, row_bytes, uses_scales = "fp8_e4m3", 576, True
+    what = "e4m3 under one scale per layer, vLLM's standard fp8"
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         return as_bytes(

@@ -33,6 +33,7 @@ class Planes(NamedTuple):
 @formats.register
 class Nvfp4FlashInfer(PlanarFormat):
     name, row_bytes, uses_scales, four_bit = "nvfp4_flashinfer", 352, True, True
+    what = "e2m1 latent, an e4m3 scale every 16; e4m3 rope; as FlashInfer writes it"
     plane_bytes = (256, 32, 64)
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:

@@ -26,9 +26,10 @@ class Keys(NamedTuple):
 
 
 class IndexFormat(ABC):
-    """One way to store an indexer key: 128 codes of `dtype`, and a scale where `scaled`."""
+    """One way to store an indexer key: 128 codes of `dtype`, and a scale where `scaled`; `what` is it in a phrase."""
 
     name: str
+    what: str = ""
     dtype: torch.dtype
     scaled: bool = False
 

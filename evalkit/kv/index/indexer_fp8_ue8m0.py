@@ -16,6 +16,7 @@ SMALLEST_AMAX = 1e-4
 @index_formats.register
 class IndexerFp8Ue8m0(IndexFormat):
     name, dtype, scaled = "indexer_fp8_ue8m0", torch.float8_e4m3fn, True
+    what = "e4m3 under a power of two per token: what vLLM stores"
 
     def scale(self, amax: Tensor) -> Tensor:
         """The write rule: max|x| of keys [...] -> their scale [...] float32."""

@@ -14,13 +14,16 @@ class Plain(IndexFormat):
 @index_formats.register
 class Bf16(Plain):
     name, dtype = "bf16", torch.bfloat16
+    what = "bf16 numbers"
 
 
 @index_formats.register
 class Fp16(Plain):
     name, dtype = "fp16", torch.float16
+    what = "fp16 numbers"
 
 
 @index_formats.register
 class Fp32(Plain):
     name, dtype = "fp32", torch.float32
+    what = "float32 numbers"
