@@ -135,6 +135,7 @@ def test_index_scores_that_are_wrong_fail(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(900)  # every kernel compiles
 def test_on_a_gpu_no_self_check_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["doctor"])

@@ -279,7 +279,7 @@ def test_a_format_is_twelve_lines_that_every_command_knows(
     monkeypatch.setenv("COLUMNS", "200")
     for command, said in (
         ("formats", r"rope_first\W+1152\W+100%"),
-        ("doctor", r"reference\W+rope_first\W+yes"),
+        ("doctor", r"reference\W+rope_first\W+native\W+relative L2"),
     ):
         with pytest.raises(SystemExit) as caught:
             cli.main([command])
