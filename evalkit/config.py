@@ -36,6 +36,8 @@ class RunConfig:
         device: `cpu`, `cuda` or `cuda:N`; None takes the GPU where there is one.
         dtype: `bfloat16` or `float32`; None is bfloat16 on a GPU and bf16-rounded float32 on a CPU.
         candidates: what is compared, or "default".
+        profile: the ranges that latent and rope are given, by a profile's name or TOML file; "native" leaves the
+            checkpoint's own.
         layers_prompt_tokens: prefilled tokens of each compared prompt.
         layers_decode_tokens: tokens then decoded one by one.
         layers_prompts: a text file to compare layers on; None generates documents.
@@ -52,6 +54,7 @@ class RunConfig:
     device: str | None = None
     dtype: str | None = None
     candidates: tuple[str, ...] | Literal["default"] = "default"
+    profile: str = "native"
     layers_prompt_tokens: int = 2048
     layers_decode_tokens: int = 32
     layers_prompts: Path | None = None

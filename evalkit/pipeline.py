@@ -23,17 +23,20 @@ from evalkit.candidate import BEST, Candidate
 from evalkit.compare.layers import calibrate, compare, count_passes
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
-from evalkit.evaluate.documents import calibration_documents, generated_tokens
+from evalkit.evaluate.documents import calibration_documents, generated_tokens, range_documents
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
 from evalkit.kv import Scales
 from evalkit.kv.aliases import BF16_NAMES
+from evalkit.model import rescale
 from evalkit.model.load import load, resolve_checkpoint
+from evalkit.model.profile import load_profile
 from evalkit.model.proof import bytes_per_token
 from evalkit.progress import progress
 from evalkit.records import (
     CandidateRecord,
     EnvironmentRecord,
+    ProfileRecord,
     RunDirectory,
     SampleRecord,
     TaskRecord,
@@ -72,6 +75,7 @@ def run(config: RunConfig, resume: Path | None = None) -> Path:
 class Prepared:
     """What a run works on, checked: the loaded model, resolved candidates with their scales, and the prompts.
 
+    ranges: what the profile made of the model, layer by layer; empty where it is `native`.
     requested: each candidate as it was asked for, in the order of `candidates`; the first is the bf16 baseline.
     documents: token ids [T] for the layer comparison.
     """
@@ -79,6 +83,7 @@ class Prepared:
     config: RunConfig
     checkpoint: Path
     model: Any
+    ranges: Sequence[ProfileRecord]
     lm: EvalkitLM
     requested: tuple[str, ...]
     candidates: tuple[Candidate, ...]
@@ -94,6 +99,7 @@ def prepare(config: RunConfig) -> Prepared:
     """
     checkpoint = resolve_checkpoint(config.checkpoint)
     requested = _requested(config)
+    profile = load_profile(config.profile)
     if config.stages == ("tasks",) and not config.tasks:
         raise InputError("tasks is empty: name at least one, such as evalkit_needle_1024")
     if not sys.stderr.isatty():
@@ -111,11 +117,14 @@ def prepare(config: RunConfig) -> Prepared:
         refuse_long_prompts(
             lm, load_tasks(config.tasks, config.task_documents, config.seed), config.task_documents
         )
+    # Before calibration: scales are for the ranges that are stored.
+    given = rescale.apply(model, profile, range_documents(lm.tok_encode, lm.max_length))
     scales = {candidate: _scales(candidate, checkpoint, model, lm, config) for candidate in candidates}
     return Prepared(
         config=config,
         checkpoint=checkpoint,
         model=model,
+        ranges=[rescale.record(profile, one) for one in given],
         lm=lm,
         requested=requested,
         candidates=candidates,
@@ -132,10 +141,12 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
         dtype += " (query, rows and attention output rounded to bfloat16)"
     now = environment.collect(prepared.checkpoint, str(model.device), dtype, directory.command)
     if directory.done("environment"):
-        _refuse_other(directory, now, prepared.candidates)
+        _refuse_other(directory, now, prepared)
         return
     with directory.stage("environment") as write:
         write.write(now)
+        for record in prepared.ranges:
+            write.write(record)
         for requested, candidate in zip(prepared.requested, prepared.candidates, strict=True):
             scales = prepared.scales[candidate]
             backend = backends.reading(candidate.backend, candidate.reader, candidate.read)
@@ -247,7 +258,7 @@ def _requested(config: RunConfig) -> tuple[str, ...]:
     return leads, *rest
 
 
-def _refuse_other(directory: RunDirectory, now: EnvironmentRecord, candidates: Sequence[Candidate]) -> None:
+def _refuse_other(directory: RunDirectory, now: EnvironmentRecord, prepared: Prepared) -> None:
     """Refuse to go on with a run where what its numbers depend on has changed since."""
     then = only(directory.read(), EnvironmentRecord)[0]
     names = [record.candidate for record in only(directory.read(), CandidateRecord)]
@@ -255,7 +266,12 @@ def _refuse_other(directory: RunDirectory, now: EnvironmentRecord, candidates: S
     for table in ("packages", "flags"):
         old, new = getattr(then, table), getattr(now, table)
         facts += [(key, old.get(key), new.get(key)) for key in {**old, **new}]
-    facts.append(("candidates", ", ".join(names), ", ".join(map(str, candidates))))
+    facts.append(("candidates", ", ".join(names), ", ".join(map(str, prepared.candidates))))
+    was, is_now = (
+        ", ".join({one.sha256 for one in found}) or "none"
+        for found in (only(directory.read(), ProfileRecord), prepared.ranges)
+    )
+    facts.append(("profile SHA-256", was, is_now))
     for key, before, after in facts:
         if before != after:
             raise InputError(

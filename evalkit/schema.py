@@ -41,6 +41,31 @@ class EnvironmentRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileRecord(Record):
+    """How large one part of a layer's rows was to be, was in the checkpoint, and is, over n tokens.
+
+    `sha256` is the profile's file; `tail` the standard deviation over channels of ln(channel rms).
+    """
+
+    kind: ClassVar[str] = "profile"
+    profile: str
+    sha256: str
+    layer: int
+    part: str
+    target_rms: float
+    target_max: float
+    target_tail: float
+    own_rms: float
+    own_max: float
+    own_tail: float
+    rms: float
+    max_abs: float
+    tail: float
+    zero_channels: int
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class CandidateRecord(Record):
     """Proof of what ran: the resolved format and kernel, and the bytes read back for each token."""
 

@@ -33,7 +33,8 @@ RANK = {
     "pipeline": 7,
     "calibrate": 7,
     "doctor": 7,
-    "cli": 8,
+    "ranges": 8,
+    "cli": 9,
 }
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

@@ -15,6 +15,8 @@ from evalkit.errors import InputError
 from evalkit.evaluate.tasks import tasks_dir
 
 CALIBRATION_DOCUMENTS = 2
+RANGE_SEEDS = (900_001, 900_002)  # not a run's, so that a profile makes the same model in every run
+RANGE_TOKENS = 1024
 SHORTEST_DOCUMENT = 256
 
 Encode = Callable[[str], list[int]]
@@ -27,6 +29,11 @@ def calibration_documents(encode: Encode, tokens: int, seed: int) -> list[Tensor
     its format.
     """
     return [generated_tokens(encode, tokens, seed + 1 + number) for number in range(CALIBRATION_DOCUMENTS)]
+
+
+def range_documents(encode: Encode, longest: int) -> list[Tensor]:
+    """What a checkpoint's ranges are measured on unless prompts are given: token ids [min(1024, longest)] each."""
+    return [generated_tokens(encode, min(RANGE_TOKENS, longest), seed) for seed in RANGE_SEEDS]
 
 
 def generated_tokens(encode: Encode, tokens: int, seed: int) -> Tensor:

@@ -12,6 +12,7 @@ from evalkit.records import (
     CandidateRecord,
     EnvironmentRecord,
     LayerRecord,
+    ProfileRecord,
     RangeRecord,
     Record,
     SelectionRecord,
@@ -75,6 +76,7 @@ def candidates(records: Sequence[Record]) -> Table:
             "Relative L2 of the attention output against the reference at its worst layer, in decode where there is one; mean KL "
             "divergence of the next token in nats, over the n tokens of the phase that has most"
             + ("; loss of score in points against the baseline, with its interval." if names else ".")
+            + _under_profile(records)
         ),
         columns=(
             "candidate",
@@ -304,6 +306,7 @@ def environment(records: Sequence[Record]) -> Table:
             ("device", r.device),
             ("GPU", r.gpu or "none"),
             ("dtype", r.dtype),
+            *_profile(records),
             ("started", r.started_utc),
             ("commit", r.commit or "not a checkout"),
             ("Python", r.python),
@@ -319,6 +322,39 @@ def environment(records: Sequence[Record]) -> Table:
         rows=tuple(rows),
         text_columns=2,
     )
+
+
+def _profile(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """What the ranges of latent and rope are, a row a part."""
+    found = only(records, ProfileRecord)
+    rows = [("range profile", f"{found[0].profile} ({found[0].sha256})" if found else "native")]
+    for part in dict.fromkeys(r.part for r in found):
+        mine = [r for r in found if r.part == part]
+        figures = (
+            ("max|x|", [r.max_abs for r in mine], [r.target_max for r in mine]),
+            ("rms", [r.rms for r in mine], [r.target_rms for r in mine]),
+            ("tail", [r.tail for r in mine], [r.target_tail for r in mine]),
+        )
+        text = "; ".join(f"{name} {_span(got)}, asked for {_span(asked)}" for name, got, asked in figures)
+        zeros = sum(r.zero_channels for r in mine)
+        rows.append((f"ranges of {part}", f"{text}; {zeros} channels of zeros"))
+    return rows
+
+
+def _under_profile(records: Sequence[Record]) -> str:
+    found = only(records, ProfileRecord)
+    if not found:
+        return ""
+    return (
+        f" Ranges as in profile {found[0].profile}; they weigh the channels of the attention output, so that between profiles "
+        "only `values` and what follows it compare."
+    )
+
+
+def _span(values: Sequence[float]) -> str:
+    """The least and the most over layers."""
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def worst_layer(records: Sequence[LayerRecord], candidate: str, mode: str) -> str:
