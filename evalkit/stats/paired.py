@@ -7,11 +7,11 @@ agrees with McNemar's, and it stays honest where few documents differ, where a W
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf, sqrt
 from typing import NamedTuple, Protocol
 
 from scipy.stats import binomtest, norm
 
+from evalkit.stats.exact import score_edge
 from evalkit.stats.intervals import Interval, wilson
 
 
@@ -134,38 +134,7 @@ def tango_interval(lost: int, gained: int, n: int, alpha: float = 0.05) -> Inter
     if n < 2:
         return None
     critical = float(norm.isf(alpha / 2))
-    estimate = (lost - gained) / n
-
-    def edge(outside: float) -> float:
-        inside = estimate
-        while (middle := (inside + outside) / 2) not in (inside, outside):
-            if abs(tango_z(lost, gained, n, middle)) <= critical:
-                inside = middle
-            else:
-                outside = middle
-        return inside
-
-    return Interval(edge(-1.0), edge(1.0))
-
-
-def tango_z(lost: int, gained: int, n: int, loss: float) -> float:
-    """Tango's score statistic for the hypothesis that the true loss is `loss`; it falls as `loss` rises.
-
-    At loss 0 its square is McNemar's (lost - gained)^2 / (lost + gained), without correction.
-    """
-    difference = lost - gained - n * loss
-    if difference == 0:
-        return 0.0
-    # Most likely P(gained) given the loss: the root >= 0 of 2n q^2 + b q + c = 0.
-    b = (2 * n - lost + gained) * loss - lost - gained
-    c = -gained * loss * (1 - loss)
-    root = sqrt(max(b * b - 8 * n * c, 0.0))
-    # sqrt - b cancels for b > 0; the other form of the same root does not.
-    gain = -2 * c / (b + root) if b > 0 else (root - b) / (4 * n)
-    variance = n * (2 * gain + loss * (1 - loss))
-    if variance <= 0:
-        return inf if difference > 0 else -inf
-    return difference / sqrt(variance)
+    return Interval(score_edge(lost, gained, n, critical, -1.0), score_edge(lost, gained, n, critical, 1.0))
 
 
 def _paired(endpoint: Endpoint, outcomes: list[tuple[bool, bool]], alpha: float) -> Paired:

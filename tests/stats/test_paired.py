@@ -4,7 +4,8 @@ from math import lgamma, log
 import numpy as np
 import pytest
 
-from evalkit.stats.paired import PairingError, compare, join, mcnemar_p, tango_interval, tango_z
+from evalkit.stats.paired import PairingError, compare, join, mcnemar_p, tango_interval
+from evalkit.stats.score import tango_z
 
 
 @dataclass(frozen=True)
