@@ -8,7 +8,9 @@ from evalkit.kv.index.base import IndexFormat, Keys, index_formats
 
 class Plain(IndexFormat):
     def encode(self, keys: Tensor) -> Keys:
-        return Keys(keys.to(self.dtype), None)
+        codes = keys.to(self.dtype)
+        # A cast keeps a NaN's payload on one device and not on another.
+        return Keys(codes.masked_fill(codes.isnan(), torch.nan), None)
 
 
 @index_formats.register
