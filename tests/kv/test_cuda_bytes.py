@@ -17,7 +17,7 @@ from tests.kv.cuda_writers import (
     special_rows,
     written_by_evalkit,
 )
-from tests.kv.recorded import FILE, Recording
+from tests.kv.recorded import Recording
 
 # Formats that an H200 can record; nvfp4_ds_mla's writer needs an SM100.
 RECORDED = ("bf16", "fp8_e4m3", "fp8_ds_mla", "nvfp4_flashinfer", "indexer_fp8_ue8m0", "indexer_fp8_fp32")
