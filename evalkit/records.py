@@ -27,6 +27,7 @@ from typing import Any, Self, TypeVar
 from evalkit.errors import InputError
 from evalkit.schema import (
     SCHEMA,
+    AttributionRecord,
     CandidateRecord,
     EnvironmentRecord,
     LayerRecord,
@@ -43,6 +44,7 @@ from evalkit.schema import (
 )
 
 __all__ = [
+    "AttributionRecord",
     "CandidateRecord",
     "EnvironmentRecord",
     "LayerRecord",

@@ -162,6 +162,192 @@ class TokenRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttributionRecord(Record):
+    """A candidate's error with some of its components, the rest as the reference has it.
+
+    With a layer, of its attention output on the reference's input; without, of the whole model's next token. `arm`:
+    `only` a component, all `without` it, `none`, `all`, their `interaction` (all less the sum of only, may be below
+    0), or `apart` (not from the reference, but from the candidate's own rows and numerics).
+    """
+
+    kind: ClassVar[str] = "attribution"
+    candidate: str
+    layer: int | None
+    mode: str
+    frozen: str
+    arm: str
+    component: str | None
+    squared_relative_l2: float | None
+    kl_mean_nats: float | None
+    nonfinite: int
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloorRecord(Record):
+    """A floor that was to be measured: the candidate that measures it, or why there is none."""
+
+    kind: ClassVar[str] = "floor"
+    rung: str
+    candidate: str | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleRecord(Record):
+    """A candidate's error over `floor`'s on the same n tokens, with its paired 95 % interval.
+
+    Layer None and probe `kl` is the KL divergence; every other probe's error is relative L2.
+    """
+
+    kind: ClassVar[str] = "multiple"
+    candidate: str
+    layer: int | None
+    phase: str
+    mode: str
+    probe: str
+    frozen: str
+    floor: str
+    multiple: float
+    lower: float | None
+    upper: float | None
+    interval_method: str
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceRecord(Record):
+    """The first layer whose attention error leaves a floor: the lower end of its multiple is above 1.
+
+    `first_layer` is None where none of `layers` does. Where a layer has no interval, the multiple itself is taken.
+    """
+
+    kind: ClassVar[str] = "divergence"
+    candidate: str
+    phase: str
+    mode: str
+    probe: str
+    floor: str
+    first_layer: int | None
+    relative_l2: float | None
+    multiple: float | None
+    multiple_lower: float | None
+    interval_method: str
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionRecord(Record):
+    """An error by position (`axis` position, or generated: tokens since the prompt); see compare/positions.py.
+
+    Probe `attention` is relative L2 a token, probe `kl` nats (layer None). `starts` are the bins' first positions.
+    """
+
+    kind: ClassVar[str] = "position"
+    candidate: str
+    rung: str
+    layer: int | None
+    mode: str
+    probe: str
+    axis: str
+    starts: list[int]
+    means: list[float | None]
+    counts: list[int]
+    slope_per_1000_tokens: float | None
+    slope_lower: float | None
+    slope_upper: float | None
+    slope_method: str
+    topk: int
+    below_topk_mean: float | None
+    above_topk_mean: float | None
+    cliff: bool | None
+    nonfinite: int
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseRecord(Record):
+    """One way for the same n tokens to arrive, against the reference's own same way.
+
+    Layer None and probe `kl` has `kl_mean_nats`, a layer's attention `relative_l2`. `multiple` is of the least of the
+    other phases; `departs` says that its lower end is beyond what phases differ by.
+    """
+
+    kind: ClassVar[str] = "phase"
+    candidate: str
+    layer: int | None
+    mode: str
+    probe: str
+    phase: str
+    relative_l2: float | None
+    kl_mean_nats: float | None
+    least_other: str
+    multiple: float | None
+    lower: float | None
+    upper: float | None
+    interval_method: str
+    departs: bool | None
+    nonfinite: int
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceRecord(Record):
+    """KL divergence and disagreement over n tokens where the reference's top-1 probability lies in [from_p, to_p)."""
+
+    kind: ClassVar[str] = "confidence"
+    candidate: str
+    phase: str
+    frozen: str
+    from_p: float
+    to_p: float
+    kl_mean_nats: float | None
+    disagreed_share: float | None
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstTokenRecord(Record):
+    """One of the tokens with the largest KL divergence of a candidate, free and propagated.
+
+    `position` is the query's: both distributions are of the token after it, `next_token`. `text` is what precedes.
+    `first_divergent_layer`: the first where the token's attention error is above the 99th percentile of the floor's
+    over all tokens. `dropped_keys` of `reference_keys`, and the reference's attention mass on them, at `mass_layer`,
+    where that mass is largest.
+    """
+
+    kind: ClassVar[str] = "worst_token"
+    candidate: str
+    rank: int
+    document: int
+    position: int
+    phase: str
+    kl_nats: float
+    text: str
+    next_token: str | None
+    reference_top: list[str]
+    reference_p: list[float]
+    candidate_top: list[str]
+    candidate_p: list[float]
+    floor: str
+    first_divergent_layer: int | None
+    mass_layer: int | None
+    dropped_keys: int | None
+    reference_keys: int | None
+    mass_lost: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingScaleRecord(Record):
+    """A layer whose rows are divided by 1.0: `carried` is what the checkpoint has for it, None where nothing."""
+
+    kind: ClassVar[str] = "missing_scale"
+    candidate: str
+    layer: int
+    carried: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskRecord(Record):
     """A task's score and its loss against the baseline on the same documents, with intervals."""
 
