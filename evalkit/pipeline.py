@@ -118,7 +118,9 @@ def prepare(config: RunConfig) -> Prepared:
             lm, load_tasks(config.tasks, config.task_documents, config.seed), config.task_documents
         )
     # Before calibration: scales are for the ranges that are stored.
-    given = rescale.apply(model, profile, range_documents(lm.tok_encode, lm.max_length))
+    texts = range_documents(lm.tok_encode, lm.max_length)
+    with progress("ranges", 0 if profile.is_native else 2 * len(texts)) as advance:
+        given = rescale.apply(model, profile, texts, advance)
     scales = {candidate: _scales(candidate, checkpoint, model, lm, config) for candidate in candidates}
     return Prepared(
         config=config,

@@ -18,6 +18,7 @@ from evalkit.evaluate.lm import EvalkitLM
 from evalkit.model.load import load, resolve_checkpoint
 from evalkit.model.profile import PARTS, to_toml
 from evalkit.model.spread import measure
+from evalkit.progress import progress
 from evalkit.records import write_whole
 
 COLUMNS = ("rms", "max", "tail", "zero channels")
@@ -56,7 +57,8 @@ def show(
         documents = range_documents(lm.tok_encode, lm.max_length)
     else:
         documents = [torch.tensor(lm.tok_encode(text)[: lm.max_length]) for text in texts]
-    spreads = measure(model, documents)
+    with progress("ranges", len(documents)) as advance:
+        spreads = measure(model, documents, advance)
     found = [{part: spread[part].range() for part in PARTS} for spread in spreads]
 
     table = Table("layer", *(f"{part} {column}" for part in PARTS for column in COLUMNS))

@@ -14,7 +14,7 @@ across profiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,9 @@ class Rescaled:
     tokens: int
 
 
-def apply(model: Any, profile: Profile, documents: Sequence[Tensor]) -> list[Rescaled]:
+def apply(
+    model: Any, profile: Profile, documents: Sequence[Tensor], advance: Callable[[], None] | None = None
+) -> list[Rescaled]:
     """Bring latent and rope of every layer nearest to the profile, by powers of two, in place.
 
     The same profile again changes nothing, and of two profiles the last alone counts. Scales made before no longer
@@ -56,6 +58,7 @@ def apply(model: Any, profile: Profile, documents: Sequence[Tensor]) -> list[Res
         model: what `evalkit.load` returns.
         profile: with another layer count than the model's, interpolated over relative depth.
         documents: token ids [T], on which the checkpoint's own ranges are measured, and then the ones it has.
+        advance: called twice for each document, for a progress bar; never for `native`.
 
     Returns:
         Layer by layer what each part was to have and has; nothing for `native`.
@@ -68,7 +71,7 @@ def apply(model: Any, profile: Profile, documents: Sequence[Tensor]) -> list[Res
     targets = profile.targets(layers)
     if profile.is_native:
         return []
-    own = measure(model, documents)
+    own = measure(model, documents, advance)
     factors: list[dict[str, Tensor]] = []
     for layer in range(layers):
         chosen = {}
@@ -83,7 +86,7 @@ def apply(model: Any, profile: Profile, documents: Sequence[Tensor]) -> list[Res
                 chosen[part] = exponents(spread, targets[layer][part], draw)
         factors.append(chosen)
     multiply(model, factors)
-    now = measure(model, documents)
+    now = measure(model, documents, advance)
     return [
         Rescaled(
             layer=layer,
@@ -194,7 +197,9 @@ def _refuse_inexact(where: str, weight: Tensor, factor: Tensor) -> None:
             f"{where} is {weight.dtype}: bfloat16 and float32 have the exponents for a range profile"
         )
     if weight.is_meta:
-        raise InputError(f"{where} is on disk: only a checkpoint that is held whole can be given a range profile")
+        raise InputError(
+            f"{where} is on disk: only a checkpoint that is held whole can be given a range profile"
+        )
     scaled = weight * factor
     changed = int(((scaled / factor != weight) | ~torch.isfinite(scaled)).sum())
     if changed:

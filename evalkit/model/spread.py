@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,15 @@ class Spread:
 
 
 @torch.no_grad()
-def measure(model: Any, documents: Sequence[Tensor]) -> list[dict[str, Spread]]:
+def measure(
+    model: Any, documents: Sequence[Tensor], advance: Callable[[], None] | None = None
+) -> list[dict[str, Spread]]:
     """By layer, the spread of each part over these documents.
 
     Args:
         model: what `evalkit.load` returns.
         documents: token ids [T] int64, at least one.
+        advance: called after each document, for a progress bar.
 
     Raises:
         InputError: there is no document, or a layer stores a value that is not finite.
@@ -65,6 +68,8 @@ def measure(model: Any, documents: Sequence[Tensor]) -> list[dict[str, Spread]]:
         cache.state.observer = _Watch(layers)
         # The base model: logits of a whole document would take more memory than all else.
         model.model(input_ids=ids[None].to(model.device), past_key_values=cache)
+        if advance is not None:
+            advance()
     return [{part: sums.result() for part, sums in layer.items()} for layer in layers]
 
 
