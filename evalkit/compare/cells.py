@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from evalkit.compare.arms import DECODE, PREFILL, Arm
+from evalkit.compare.arms import DECODE, PREFILL, PROPAGATED, Arm
 from evalkit.compare.capture import LayerPass
 from evalkit.compare.metrics import Accumulator
 from evalkit.compare.rows import layer_record, selection_record
@@ -19,6 +19,7 @@ from evalkit.records import LayerRecord, SelectionRecord
 
 PLAIN_PROBES: Final = ("latent", "rope", "attention", "values", "output")
 MASS_TOKENS: Final = 256  # lost mass is measured on this many evenly spaced tokens at most
+EVERY_TOKEN: Final = 8192  # and on this many of a propagated arm
 
 
 @dataclass(eq=False)
@@ -51,9 +52,15 @@ class Cell:
         self.arm, self.layer = arm, layer
         self.metrics: dict[tuple[str, str, str], Accumulator] = {}  # by phase, probe, rung
         self.selections: dict[str, SelectionAccumulator] = {}
+        # By phase, probe and rung: each document's [T, 2], norms of every token's error and reference.
+        self.errors: dict[tuple[str, str, str], list[Tensor]] = {}
+        self.dropped: list[
+            Tensor
+        ] = []  # [T, 3] a document: keys dropped, keys of the reference, mass lost on them
 
     def add(self, got: LayerPass, ref: ReferencePass, rungs: Rungs | None) -> None:
         """Compare one document, phase by phase."""
+        dropped = []
         for phase, span in ref.phases.items():
             for probe in PLAIN_PROBES:
                 if probe != "attention" or rungs is None:
@@ -61,7 +68,7 @@ class Cell:
             self._compare(phase, "hidden", got.hidden[0, span], ref.run.hidden[0, span])
             self._add_scores(phase, span, got, ref)
             self._add_routing(phase, span, got, ref)
-            self._add_selection(phase, span, got, ref)
+            dropped.append(self._add_selection(phase, span, got, ref))
             for rung in ("format", "kernel", "total") if rungs is not None else ():
                 given, wanted = (x[span] for x in getattr(rungs, rung))
                 # A candidate's own rows may hold NaN: `format` counts those, and the kernel answers for the rest.
@@ -70,6 +77,9 @@ class Cell:
                     where = finite
                 if where is None or bool(where.any()):
                     self._compare(phase, "attention", given, wanted, rung, where)
+        self.dropped.append(torch.cat(dropped))
+        for key, accumulator in self.metrics.items():
+            self.errors.setdefault(key, []).append(accumulator.take_rows())
 
     def _compare(
         self,
@@ -81,7 +91,7 @@ class Cell:
         where: Tensor | None = None,
     ) -> None:
         key = (phase, probe, rung or self.arm.subject.rung)
-        self.metrics.setdefault(key, Accumulator()).add(got, ref, where)
+        self.metrics.setdefault(key, Accumulator(keep_rows=True)).add(got, ref, where)
 
     def _add_scores(self, phase: str, span: slice, got: LayerPass, ref: ReferencePass) -> None:
         if "index_scores" not in ref.run.probes or self.arm.frozen:
@@ -102,16 +112,25 @@ class Cell:
         same = (chosen == wanted).all(-1).double()
         self._compare(phase, "routing", same, torch.ones_like(same))
 
-    def _add_selection(self, phase: str, span: slice, got: LayerPass, ref: ReferencePass) -> None:
-        """One number a token: the share of the reference's keys it kept, against 1; and its own figures."""
+    def _add_selection(self, phase: str, span: slice, got: LayerPass, ref: ReferencePass) -> Tensor:
+        """One number a token: the share of the reference's keys it kept, against 1; and its own figures.
+
+        Returns a token's dropped keys, the reference's keys, and the mass lost, NaN where not measured: [t, 3].
+        """
         chosen, wanted = got.probes["selection"][span], ref.selection[span]
         shares = recall(chosen, wanted)
         self._compare(phase, "selection", shares, torch.ones_like(shares))
+        count = (wanted >= 0).sum(1).double()
+        dropped = torch.stack([((1 - shares) * count).round(), count, torch.full_like(shares, torch.nan)], 1)
         if self.arm.frozen or self.arm.subject.is_floor:
-            return
-        sample = torch.arange(0, len(wanted), -(-len(wanted) // MASS_TOKENS), device=wanted.device)
+            return dropped.cpu()
+        # Propagated, any token may turn out to be one whose loss needs explaining.
+        most = EVERY_TOKEN if self.arm.mode == PROPAGATED else MASS_TOKENS
+        sample = torch.arange(0, len(wanted), -(-len(wanted) // most), device=wanted.device)
         mass = _mass_lost(chosen, ref, span, sample)
+        dropped[sample, 2] = mass.double()
         self.selections.setdefault(phase, SelectionAccumulator()).add(shares, ref.margins.get(phase), mass)
+        return dropped.cpu()
 
     def records(self) -> Iterator[LayerRecord | SelectionRecord]:
         """The layer's records of this arm."""

@@ -59,9 +59,13 @@ class Figures:
 
 
 class Accumulator:
-    """Adds chunks of (got, ref) and gives their `Figures`. Memory: one histogram of 4096 counts."""
+    """Adds chunks of (got, ref) and gives their `Figures`. Memory: one histogram of 4096 counts.
 
-    def __init__(self) -> None:
+    With `keep_rows`, also each token's norms of error and reference since the last `take_rows`.
+    """
+
+    def __init__(self, keep_rows: bool = False) -> None:
+        self.rows: list[Tensor] | None = [] if keep_rows else None
         self.got_sq = self.ref_sq = self.dot = self.error_sq = 0.0
         self.histogram = torch.zeros(BINS, dtype=torch.int64)
         self.worst: tuple[float, int, int, float, float] | None = None
@@ -111,6 +115,8 @@ class Accumulator:
             self._add_finite_rows(got, ref, keep)
             return
         row_error, row_ref = error.norm(dim=1), ref.norm(dim=1)
+        if self.rows is not None:
+            self.rows.append(torch.stack([row_error, row_ref], 1).cpu())
         error.abs_()
         bits = error.float().view(torch.int32) >> MANTISSA_SHIFT
         counts = torch.bincount(bits.flatten(), minlength=BINS).cpu()
@@ -143,6 +149,14 @@ class Accumulator:
             self._add_rows(got, ref, keep)
         else:
             self.tokens += len(ref)
+            if self.rows is not None:
+                self.rows.append(torch.full((len(ref), 2), torch.nan, dtype=torch.float64))
+
+    def take_rows(self) -> Tensor:
+        """[T, 2] float64: norm of the error and of the reference, a token added since the last call."""
+        taken = torch.cat(self.rows or [torch.empty(0, 2, dtype=torch.float64)])
+        self.rows = []
+        return taken
 
     def _note_worst(self, error: Tensor, got: Tensor, ref: Tensor, keep: Tensor | None) -> None:
         if keep is not None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
 
+from evalkit.records import MissingScaleRecord
+
+TILE: Final = 128  # channels of the latent that other formats give a scale of their own
 E4M3_MAX: Final = 448.0
 # A scale of max|x| / 448 is rounded to float32 at best: the largest value must not count as beyond it.
 BEYOND: Final = E4M3_MAX * (1 + 2.0**-22)
@@ -79,3 +83,29 @@ class RangeAccumulator:
             headroom=E4M3_MAX * self.scale / self.max_abs if self.max_abs > 0 else None,
             n=self.n,
         )
+
+
+def tiles(part: str, channels: int) -> tuple[str, ...]:
+    """The names of the 128-channel tiles of a latent of so many channels; a rope has none.
+
+    One per-tensor scale has to fit them all: a tile whose values are much smaller than another's is where it does not.
+    """
+    ends = ((start, min(start + TILE, channels) - 1) for start in range(0, channels, TILE))
+    return tuple(f"{part} {first}-{last}" for first, last in ends) if part == "latent" else ()
+
+
+def within(values: Tensor, part: str) -> Tensor:
+    """Of values [T, C], the channels that a part's name ends in; all of them where it ends in none."""
+    _, _, span = part.partition(" ")
+    if not span:
+        return values
+    first, last = map(int, span.split("-"))
+    return values[:, first : last + 1]
+
+
+def missing_scales(candidate: str, layers: int, carried: Mapping[int, float]) -> list[MissingScaleRecord]:
+    """A candidate's layers that are stored at 1.0, with the scale that the checkpoint has for each, if any."""
+    return [
+        MissingScaleRecord(candidate=candidate, layer=layer, carried=carried.get(layer))
+        for layer in range(layers)
+    ]

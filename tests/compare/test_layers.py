@@ -127,7 +127,12 @@ def test_the_last_layer_diverges_more_than_the_first(found: list[Record]):
 def test_ranges_are_given_for_formats_that_use_a_scale(found: list[Record]):
     ranges = only(found, RangeRecord)
     assert {r.candidate for r in ranges} == {str(FP8), str(CALIBRATED)}
-    assert len(ranges) == 2 * 3 * 2
+    tiles = [f"latent {first}-{first + 127}" for first in range(0, 512, 128)]
+    assert [r.part for r in ranges if (r.candidate, r.layer) == (str(FP8), 0)] == ["latent", *tiles, "rope"]
+    assert len(ranges) == 2 * 3 * 6
+    for layer in range(3):
+        largest = {r.part: r.max_abs for r in ranges if (r.candidate, r.layer) == (str(FP8), layer)}
+        assert largest["latent"] == max(largest[tile] or 0.0 for tile in tiles)
     for layer in range(3):
         room = [r.headroom for r in ranges if r.candidate == str(CALIBRATED) and r.layer == layer]
         assert min(x for x in room if x is not None) == pytest.approx(1.0), (
