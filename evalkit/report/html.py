@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from evalkit.records import EnvironmentRecord, Record, RunDirectory, TaskRecord, only, read, write_whole
-from evalkit.report import plots, tables
+from evalkit.report import attribution, plots, tables
 
 
 def write(run: Path) -> Path:
@@ -33,6 +33,7 @@ def breakable(text: str) -> Markup:
 def render(run: RunDirectory, records: Sequence[Record]) -> str:
     """The page as text."""
     views, losses = plots.layer_views(records), plots.loss_points(records)
+    shares = attribution.bars(records)
     environment = Environment(
         loader=PackageLoader("evalkit.report"),
         autoescape=True,
@@ -62,5 +63,8 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         ending=[table for table in (tables.provenance(records), tables.environment(records)) if table.rows],
         views=views,
         losses=losses,
-        library=Markup(plots.library() if views or losses else ""),  # noqa: S704 - plotly.js, from its own package
+        shares=shares,
+        attribution=attribution.table(records),
+        blame=attribution.sentences(records),
+        library=Markup(plots.library() if views or losses or shares else ""),  # noqa: S704 - plotly.js, from its own package
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evalkit.records import EnvironmentRecord, Record, RunDirectory, only, read, write_whole
-from evalkit.report import tables
+from evalkit.report import attribution, tables
 from evalkit.report.tables import Table
 
 
@@ -32,6 +32,9 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
     for table in (make(records) for make in shown):
         if table.rows:
             lines += [f"## {table.title}", "", table.caption, "", *_rows(table), ""]
+    if blame := attribution.sentences(records):
+        table = attribution.table(records)
+        lines += [f"## {table.title}", "", *(f"- {one}" for one in blame), "", table.caption, "", *_rows(table), ""]
     return "\n".join([*lines, "Repeat with:", "", f"    {run.command}", ""])
 
 

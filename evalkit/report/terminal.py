@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from evalkit.records import read
-from evalkit.report import tables
+from evalkit.report import attribution, tables
 from evalkit.report.tables import Table
 
 # Columns that summary.md and report.html have room for.
@@ -30,6 +30,8 @@ def show(run: Path, console: Console | None = None) -> None:
             console.print(_rich(table))
             console.print(Text(table.caption, style="dim"))
             console.print()
+    for sentence in attribution.sentences(records):
+        console.print(Text(sentence))
 
 
 def _rich(table: Table) -> RichTable:
