@@ -25,16 +25,17 @@ from evalkit.candidate import Candidate
 from evalkit.compare.arms import FROZEN, ISOLATED, PROPAGATED
 from evalkit.compare.capture import LayerPass, run_layer
 from evalkit.compare.cells import ReferencePass
-from evalkit.compare.layers import LOGITS_AT_ONCE, LayerStream
+from evalkit.compare.layers import LayerStream
 from evalkit.compare.mixing import components, mix
 from evalkit.compare.rungs import exact
-from evalkit.compare.tokens import TokenAccumulator
+from evalkit.compare.tokens import kl_nats
 from evalkit.errors import InputError
 from evalkit.kv import Scales
 from evalkit.records import AttributionRecord
 
 PROBES: Final = frozenset({"attention", "selection", "routing"})
 SQUARED_AT_ONCE: Final = 1 << 24  # values that are float64 at once
+LOGITS_AT_ONCE: Final = 1 << 22  # of which the divergence holds several copies in float64
 NOBODY: Final = frozenset[str]()
 
 Name = tuple[str, str | None]  # of an arm: none, all, only or without, and of which component
@@ -303,12 +304,11 @@ class _Run:
                 )
 
     def _divergence(self, moving: _Moving) -> _Measured:
-        tokens = TokenAccumulator()
-        step = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
+        found, step = [], max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         for got, ref in zip(moving.hidden, self.reference.inputs, strict=True):
             for one, other in zip(got.split(step, 1), ref.split(step, 1), strict=True):
-                tokens.add(self.reference.head(one), self.reference.head(other))
-        values = torch.cat(tokens.values)
+                found.append(kl_nats(self.reference.head(one), self.reference.head(other)))
+        values = torch.cat(found)
         nonfinite = len(values) - int(torch.isfinite(values).sum())
         return _Measured(
             value=None if nonfinite else float(values.mean()), nonfinite=nonfinite, n=len(values)
