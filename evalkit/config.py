@@ -19,10 +19,12 @@ STAGES = ("layers", "tasks")
 WORDS = {
     str: "text",
     int: "an integer",
+    bool: "true or false",
     Path: "a path",
     type(None): "null",
     tuple[str, ...]: "a list of names",
     Literal["default"]: '"default"',
+    Literal["auto"]: '"auto"',
 }
 
 
@@ -38,9 +40,12 @@ class RunConfig:
         candidates: what is compared, or "default".
         profile: the ranges that latent and rope are given, by a profile's name or TOML file; "native" leaves the
             checkpoint's own.
+        stream: whether to hold one layer's weights at a time; "auto" does where all of them find no room.
         layers_prompt_tokens: prefilled tokens of each compared prompt.
         layers_decode_tokens: tokens then decoded one by one.
         layers_prompts: a text file to compare layers on; None generates documents.
+        layers_frozen: whether candidates also run with selection and routing frozen to the reference's; None is false
+            for a streamed checkpoint only.
         tasks: names of tasks to score; empty scores none.
         task_documents: documents of each task, the same for every candidate.
         batch_size: documents scored together.
@@ -55,9 +60,11 @@ class RunConfig:
     dtype: str | None = None
     candidates: tuple[str, ...] | Literal["default"] = "default"
     profile: str = "native"
+    stream: bool | Literal["auto"] = "auto"
     layers_prompt_tokens: int = 2048
     layers_decode_tokens: int = 32
     layers_prompts: Path | None = None
+    layers_frozen: bool | None = None
     tasks: tuple[str, ...] = ()
     task_documents: int = 24
     batch_size: int = 8
@@ -186,7 +193,7 @@ def _value(key: str, raw: object, where: str) -> Any:
             return tuple(raw)
         if get_origin(option) is Literal and raw in get_args(option):
             return raw
-        if option in (str, int) and type(raw) is option:
+        if option in (str, int, bool) and type(raw) is option:
             return raw
     raise InputError(f"{where}: {key} is {raw!r}: it takes {_takes(key)}")
 
@@ -199,6 +206,8 @@ def _from_text(key: str, text: str) -> Any:
     raw: object = text
     if takes == "an integer" and re.fullmatch(r"[+-]?\d+", text):
         raw = int(text)
+    elif "true or false" in takes and text in ("true", "false"):
+        raw = text == "true"
     elif "list" in takes and text != "default":
         raw = [item.strip() for item in text.split(",") if item.strip()]
     return _value(key, raw, "--set")

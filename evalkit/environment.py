@@ -20,7 +20,9 @@ PACKAGES = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "nump
 KERNEL_PACKAGES = ("flashinfer-python", "vllm")
 
 
-def collect(checkpoint: Path, device: str, dtype: str, command: str | None = None) -> EnvironmentRecord:
+def collect(
+    checkpoint: Path, device: str, dtype: str, command: str | None = None, identity: str | None = None
+) -> EnvironmentRecord:
     """The environment as it is now.
 
     Args:
@@ -28,6 +30,7 @@ def collect(checkpoint: Path, device: str, dtype: str, command: str | None = Non
         device: the device the run uses, as torch names it.
         dtype: the dtype the model computes in, in words.
         command: what would repeat the run; None takes this process's.
+        identity: what names the checkpoint's bytes; None hashes them all.
     """
     return EnvironmentRecord(
         commit=_commit(),
@@ -37,7 +40,7 @@ def collect(checkpoint: Path, device: str, dtype: str, command: str | None = Non
         gpu=gpu_name(device),
         dtype=dtype,
         checkpoint=checkpoint.name,
-        checkpoint_sha256=sha256(checkpoint),
+        checkpoint_sha256=sha256(checkpoint) if identity is None else identity,
         flags=numerics_flags(),
         command=command if command is not None else command_line(sys.argv),
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -20,7 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 from evalkit import environment, kv
 from evalkit.attention import backends, indexer
 from evalkit.candidate import BEST, Candidate
+from evalkit.compare import noise
 from evalkit.compare.layers import calibrate, compare, count_passes
+from evalkit.compare.state import LayerState, signature
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.documents import calibration_documents, generated_tokens, range_documents
@@ -32,6 +34,8 @@ from evalkit.model import rescale
 from evalkit.model.load import load, resolve_checkpoint
 from evalkit.model.profile import load_profile
 from evalkit.model.proof import bytes_per_token
+from evalkit.model.shards import sampled_identity
+from evalkit.model.stream import should_stream, stream
 from evalkit.progress import progress
 from evalkit.records import (
     CandidateRecord,
@@ -78,6 +82,8 @@ class Prepared:
     ranges: what the profile made of the model, layer by layer; empty where it is `native`.
     requested: each candidate as it was asked for, in the order of `candidates`; the first is the bf16 baseline.
     documents: token ids [T] for the layer comparison.
+    calibration: token ids [T] on which a streamed checkpoint's scales are found layer by layer; otherwise `scales` has
+        them.
     """
 
     config: RunConfig
@@ -89,6 +95,7 @@ class Prepared:
     candidates: tuple[Candidate, ...]
     scales: Mapping[Candidate, Mapping[int, Scales]]
     documents: Sequence[Tensor]
+    calibration: Sequence[Tensor]
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -102,11 +109,17 @@ def prepare(config: RunConfig) -> Prepared:
     profile = load_profile(config.profile)
     if config.stages == ("tasks",) and not config.tasks:
         raise InputError("tasks is empty: name at least one, such as evalkit_needle_1024")
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    streamed = should_stream(checkpoint, config.device, dtype, config.stream)
+    if streamed:
+        _refuse_streamed(config)
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own, of loading weights
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
     environment.exact_numerics()
-    model = load(checkpoint, "bf16@reference", device=config.device, dtype=dtype)
+    if streamed:
+        model = stream(checkpoint, config.device, dtype)
+    else:
+        model = load(checkpoint, "bf16@reference", device=config.device, dtype=dtype)
     candidates = tuple(model.evalkit.resolve(text) for text in requested)
     for place, candidate in enumerate(candidates):
         if candidate in candidates[:place]:
@@ -121,7 +134,12 @@ def prepare(config: RunConfig) -> Prepared:
     texts = range_documents(lm.tok_encode, lm.max_length)
     with progress("ranges", 0 if profile.is_native else 2 * len(texts)) as advance:
         given = rescale.apply(model, profile, texts, advance)
-    scales = {candidate: _scales(candidate, checkpoint, model, lm, config) for candidate in candidates}
+    calibration: list[Tensor] = []
+    if any(candidate.scales == "calibrated" for candidate in candidates):
+        calibration = calibration_documents(
+            lm.tok_encode, min(config.layers_prompt_tokens, lm.max_length), config.seed
+        )
+    scales = {candidate: _scales(candidate, checkpoint, model, calibration) for candidate in candidates}
     return Prepared(
         config=config,
         checkpoint=checkpoint,
@@ -132,6 +150,7 @@ def prepare(config: RunConfig) -> Prepared:
         candidates=candidates,
         scales=scales,
         documents=documents,
+        calibration=calibration if streamed else [],
     )
 
 
@@ -141,7 +160,9 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     if model.evalkit.rounding is not None:
         dtype += " (query, rows and attention output rounded to bfloat16)"
-    now = environment.collect(prepared.checkpoint, str(model.device), dtype, directory.command)
+    # To hash the weights of a streamed checkpoint would read them once more.
+    identity = None if model.evalkit.weights is None else sampled_identity(prepared.checkpoint)
+    now = environment.collect(prepared.checkpoint, str(model.device), dtype, directory.command, identity)
     if directory.done("environment"):
         _refuse_other(directory, now, prepared)
         return
@@ -166,10 +187,10 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
                     read=candidate.read,
                     row_bytes_per_token=kv.get(candidate.format).row_bytes,
                     bytes_per_token_read_back=bytes_per_token(
-                        model, lambda c=candidate, s=scales: model.evalkit.new_cache(c, s)
+                        model, lambda c=candidate, s=scales: _cache(prepared, c, s)
                     ),
                     requested=requested,
-                    note=_note(candidate, scales),
+                    note=_note(candidate, scales, bool(prepared.calibration)),
                 )
             )
 
@@ -178,17 +199,33 @@ def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
     """Every probe of every layer, isolated and propagated, prefill and decode, against bf16@reference."""
     if "layers" not in prepared.config.stages or directory.done("layers"):
         return
-    passes = count_passes(prepared.model, len(prepared.documents), len(prepared.candidates))
-    with directory.stage("layers") as write, progress("layers", passes) as advance:
+    config, model = prepared.config, prepared.model
+    streamed = model.evalkit.weights is not None
+    frozen = config.layers_frozen if config.layers_frozen is not None else not streamed
+    floors = noise.floors(model, kernel_only=streamed, frozen=frozen)
+    passes = count_passes(model, len(prepared.documents), len(prepared.candidates), floors, frozen)
+    asked = signature(prepared.documents, config.to_json(), *prepared.candidates)
+    state = LayerState(directory.path / "layers.safetensors", directory.pending("layers"), asked)
+    with (
+        state,
+        directory.stage("layers", goes_on_at=state.records_bytes) as write,
+        progress("layers", passes) as advance,
+    ):
+        state.sync = write.sync
         for record in compare(
-            prepared.model,
+            model,
             prepared.documents,
             prepared.candidates,
             scales=prepared.scales,
-            decode_tokens=prepared.config.layers_decode_tokens,
+            decode_tokens=config.layers_decode_tokens,
+            floors=floors,
             advance=advance,
+            frozen=frozen,
+            calibration=prepared.calibration,
+            state=state,
         ):
             write.write(record)
+    state.remove()
 
 
 def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
@@ -314,18 +351,39 @@ def _documents(config: RunConfig, lm: EvalkitLM) -> list[Tensor]:
 
 
 def _scales(
-    candidate: Candidate, checkpoint: Path, model: Any, lm: EvalkitLM, config: RunConfig
+    candidate: Candidate, checkpoint: Path, model: Any, calibration: Sequence[Tensor]
 ) -> Mapping[int, Scales]:
+    """Each layer's; empty where they are 1.0, or are found layer by layer because weights are streamed."""
     if candidate.scales == "checkpoint":
         return kv.from_checkpoint(checkpoint)
-    if candidate.scales == "calibrated":
-        length = min(config.layers_prompt_tokens, lm.max_length)
-        prompts = calibration_documents(lm.tok_encode, length, config.seed)
-        return calibrate(model, prompts, kv.get(candidate.format))
+    if candidate.scales == "calibrated" and model.evalkit.weights is None:
+        return calibrate(model, calibration, kv.get(candidate.format))
     return {}
 
 
-def _note(candidate: Candidate, scales: Mapping[int, Scales]) -> str:
+def _cache(prepared: Prepared, candidate: Candidate, scales: Mapping[int, Scales]) -> Any:
+    """An empty cache; with scale 1.0 where the scales are yet to be found."""
+    if candidate.scales == "calibrated" and not scales:
+        scales = dict.fromkeys(range(prepared.model.config.num_hidden_layers), Scales())
+    return prepared.model.evalkit.new_cache(candidate, scales)
+
+
+def _refuse_streamed(config: RunConfig) -> None:
+    """Refuse what needs all weights at once.
+
+    Raises:
+        InputError: tasks are asked for, or a profile.
+    """
+    place = f"{config.checkpoint} is streamed, one layer's weights at a time"
+    if "tasks" in config.stages and config.tasks:
+        raise InputError(f"{place}: tasks take them all, so run `evalkit layers`, or leave tasks empty")
+    if config.profile != "native":
+        raise InputError(f"{place}: profile {config.profile} takes them all, so leave it native")
+
+
+def _note(candidate: Candidate, scales: Mapping[int, Scales], found_by_layer: bool) -> str:
+    if not scales and candidate.scales == "calibrated" and found_by_layer:
+        return "scales found layer by layer: range records hold them"
     if not scales:
         return "scale 1.0" if kv.get(candidate.format).uses_scales else ""
     values = [one.latent for one in scales.values()]

@@ -10,7 +10,8 @@ A run directory holds everything its report needs:
 A run proceeds in stages, and a stage counts whole or not at all. Its records go to `<stage>.jsonl.tmp`; when it
 ends, its samples are merged into samples/ and then records.jsonl is replaced by itself plus the stage's records
 plus one `StageRecord`. That replacement is the only commit: a run killed before it has lost the stage and nothing
-else, and `done(stage)` says where to go on.
+else, and `done(stage)` says where to go on. A stage that keeps its own state (the layers' does, layer by layer) may
+go on in its middle.
 """
 
 import json
@@ -105,10 +106,15 @@ class RecordWriter:
         """Append one record; `to_line` says what it refuses."""
         self._file.write(to_line(record))
 
-    def close(self) -> None:
-        """Flush to disk and close."""
+    def sync(self) -> int:
+        """Put on disk what was written; returns the file's length in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        self.sync()
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -199,23 +205,37 @@ class RunDirectory:
         return any(record.stage == stage for record in only(self.read(), StageRecord))
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[RecordWriter]:
+    def stage(self, name: str, goes_on_at: int | None = None) -> Iterator[RecordWriter]:
         """Write one stage's records and samples; they count when the block ends without an error.
+
+        Args:
+            name: of the stage.
+            goes_on_at: of a stage that can be gone on with in its middle: the bytes of its records that a stopped
+                one had done with, 0 where it begins. What is written then stays when the block ends in an error.
 
         Raises:
             ValueError: the stage is done already.
         """
         if self.done(name):
             raise ValueError(f"stage {name!r} of {self.path} is done already")
-        pending = self.path / f"{file_name(name)}.jsonl.tmp"
-        pending.unlink(missing_ok=True)
-        began = time.monotonic()
+        pending = self.pending(name)
+        if goes_on_at:
+            os.truncate(pending, goes_on_at)
+        else:
+            pending.unlink(missing_ok=True)
+        began, ended = time.monotonic(), False
         try:
             with RecordWriter(pending) as writer:
                 yield writer
             self._commit(list(_parse(pending)), StageRecord(stage=name, wall_s=time.monotonic() - began))
+            ended = True
         finally:
-            pending.unlink(missing_ok=True)
+            if ended or goes_on_at is None:
+                pending.unlink(missing_ok=True)
+
+    def pending(self, stage: str) -> Path:
+        """Where the records of a stage lie until it ends."""
+        return self.path / f"{file_name(stage)}.jsonl.tmp"
 
     def _commit(self, written: list[Record], end: StageRecord) -> None:
         samples = only(written, SampleRecord)

@@ -56,8 +56,8 @@ class Capture:
 
     def joined_call(self) -> AttentionCall | None:
         """All steps as one call: rows only ever get added to a cache, so its last state serves every step."""
-        if not self.calls:
-            return None
+        if len(self.calls) <= 1:
+            return self.calls[0] if self.calls else None
         return replace(
             self.calls[-1],
             q_latent=torch.cat([call.q_latent for call in self.calls]),
@@ -117,5 +117,7 @@ def run_layer(
 
 
 def _join(parts: list[Tensor], pad: float) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
     width = max(part.shape[-1] for part in parts)
     return torch.cat([F.pad(part, (0, width - part.shape[-1]), value=pad) for part in parts])

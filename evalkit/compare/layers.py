@@ -8,6 +8,9 @@ Each document is processed as a prompt of T - D tokens followed by D tokens one 
 by the reference as by the candidates; the records of phase `prefill` cover the former, of `decode` the
 latter.
 
+The weights are asked of `model.evalkit.weights_of`, so that a streamed checkpoint's are read once; scales that it
+is to be calibrated with are found at each layer just before they are used, on documents that advance alongside.
+
 A propagated arm whose input, selection and routing at a layer are its subject's isolated ones bit for bit (at
 the first layer, and throughout for bf16 against itself) takes that pass's result: it would compute the same
 again.
@@ -33,6 +36,7 @@ from evalkit.compare.metrics import Accumulator
 from evalkit.compare.ranges import RangeAccumulator
 from evalkit.compare.rows import layer_record, missing_floor, range_record, token_record
 from evalkit.compare.rungs import Rungs, rungs
+from evalkit.compare.state import LayerState
 from evalkit.compare.tokens import TokenAccumulator
 from evalkit.errors import InputError
 from evalkit.kv import RowFormat, Scales
@@ -40,6 +44,7 @@ from evalkit.records import Record
 
 LOGITS_AT_ONCE: Final = 1 << 24  # logits of one tensor held at once
 NOISE_SEED: Final = 20_240_501
+PARTS: Final = ("latent", "rope")
 
 Advance = Callable[[], None]
 
@@ -53,6 +58,9 @@ def compare(
     decode_tokens: int = 16,
     floors: Sequence[Subject] | None = None,
     advance: Advance | None = None,
+    frozen: bool = True,
+    calibration: Sequence[Tensor] = (),
+    state: LayerState | None = None,
 ) -> Iterator[Record]:
     """Every probe of every layer, for every candidate, each layer's records as soon as it is done.
 
@@ -65,6 +73,10 @@ def compare(
             out.
         floors: None measures what `noise.floors` offers, () nothing.
         advance: called `count_passes(...)` times, for a progress bar.
+        frozen: whether candidates also run with selection and routing frozen to the reference's.
+        calibration: documents on which to find, layer by layer, the scales of `calibrated` candidates that come
+            without.
+        state: keeps what goes on from layer to layer; the comparison begins after the last layer that it holds.
 
     Yields:
         LayerRecord, SelectionRecord, RangeRecord, and TokenRecord at the end.
@@ -75,22 +87,37 @@ def compare(
     _check(model, documents, candidates, decode_tokens)
     floors = noise.floors(model) if floors is None else floors
     given = scales or {}
-    subjects = [Subject(candidate=candidate, scales=given.get(candidate, {})) for candidate in candidates]
-    stream = LayerStream(model, documents, [*subjects, *floors], decode_tokens, advance or _nothing)
+    subjects = [
+        Subject(candidate=candidate, scales=given.get(candidate, {}) or {}, runs_frozen=frozen)
+        for candidate in candidates
+    ]
+    stream = LayerStream(
+        model, documents, [*subjects, *floors], decode_tokens, advance or _nothing, calibration
+    )
+    start = 0 if state is None else state.restore(stream)
+    for _ in range(start * len(documents) * (1 + len(stream.arms))):
+        stream.advance()
     for rung, measured in ((noise.KERNEL, noise.kernel_floor), (noise.SPLIT, noise.split_floor)):
-        if floors and measured(model)[0] is None:
+        if start == 0 and floors and measured(model)[0] is None:
             yield missing_floor(rung)
-    for layer in range(model.config.num_hidden_layers):
+    for layer in range(start, model.config.num_hidden_layers):
         yield from stream.layer(layer)
+        if state is not None:
+            state.keep(stream, layer)
     yield from stream.logits()
 
 
-def count_passes(model: Any, documents: int, candidates: int, floors: Sequence[Subject] | None = None) -> int:
+def count_passes(
+    model: Any,
+    documents: int,
+    candidates: int,
+    floors: Sequence[Subject] | None = None,
+    frozen: bool = True,
+) -> int:
     """How often `compare` calls `advance` for so many documents and candidates, and these floors."""
     floors = noise.floors(model) if floors is None else floors
-    arms = sum(
-        len(arms_of(subject)) for subject in [Subject(candidate=REFERENCE)] * candidates + list(floors)
-    )
+    subject = Subject(candidate=REFERENCE, runs_frozen=frozen)
+    arms = sum(len(arms_of(subject)) for subject in [subject] * candidates + list(floors))
     return int(model.config.num_hidden_layers) * documents * (1 + arms)
 
 
@@ -114,13 +141,8 @@ def calibrate(
     _check(model, documents, [REFERENCE], decode_tokens=0)
     stream, found = LayerStream(model, documents, [], 0, advance or _nothing), {}
     for layer in range(model.config.num_hidden_layers):
-        sizes = {"latent": Magnitudes(), "rope": Magnitudes()}
-        for document in range(len(documents)):
-            ref = stream.reference(layer, document).run
-            stream.inputs[document] = ref.hidden
-            for part, counted in sizes.items():
-                counted.add(ref.probes[part])
-        found[layer] = format.calibrate(*(sizes[part].percentile(percentile) for part in ("latent", "rope")))
+        sizes = stream.magnitudes(layer)
+        found[layer] = format.calibrate(*(sizes[part].percentile(percentile) for part in PARTS))
     return found
 
 
@@ -134,8 +156,17 @@ class LayerStream:
         subjects: Sequence[Subject],
         decode_tokens: int,
         advance: Advance,
+        calibration: Sequence[Tensor] = (),
     ) -> None:
         self.model, self.subjects, self.advance = model, subjects, advance
+        self.calibrated: list[
+            tuple[RowFormat, dict[int, Scales]]
+        ] = []  # formats, and the scales found so far
+        for subject in subjects if calibration else ():
+            if subject.candidate.scales == "calibrated" and not subject.scales:
+                assert isinstance(subject.scales, dict)
+                self.calibrated.append((kv.get(subject.candidate.format), subject.scales))
+        self.calibration = LayerStream(model, calibration, [], 0, _nothing) if self.calibrated else None
         self.arms = [arm for subject in subjects for arm in arms_of(subject)]
         with torch.no_grad():
             embed = model.model.embed_tokens
@@ -146,9 +177,28 @@ class LayerStream:
         self.selections: dict[tuple[Arm | None, int], Tensor] = {}  # of the last layer with an indexer
         self.unsplit: dict[str, LayerPass] = {}  # by mode, what a kernel that splits keys is compared with
 
-    @torch.no_grad()
     def layer(self, index: int) -> list[Record]:
         """Advance everything through one layer; its records."""
+        with torch.no_grad(), self.model.evalkit.weights_of(index):
+            if self.calibration is not None:
+                sizes = self.calibration.magnitudes(index)
+                for stored, scales in self.calibrated:
+                    scales[index] = stored.calibrate(*(sizes[part].percentile(100) for part in PARTS))
+            return self._layer(index)
+
+    @torch.no_grad()
+    def magnitudes(self, index: int) -> dict[str, Magnitudes]:
+        """Advance the reference alone through one layer; how large its latent and its rope are."""
+        sizes = {part: Magnitudes() for part in PARTS}
+        with self.model.evalkit.weights_of(index):
+            for document in range(len(self.inputs)):
+                ref = self.reference(index, document).run
+                self.inputs[document] = ref.hidden
+                for part, counted in sizes.items():
+                    counted.add(ref.probes[part])
+        return sizes
+
+    def _layer(self, index: int) -> list[Record]:
         cells = [Cell(arm, index) for arm in self.arms]
         ranges = self._range_accumulators(index)
         for document in range(len(self.inputs)):
@@ -236,7 +286,9 @@ class LayerStream:
     ) -> LayerPass:
         """One arm through one layer on a cache of its own, which goes when the pass does."""
         subject = arm.subject
-        cache = self.model.evalkit.new_cache(candidate=subject.candidate, scales=subject.scales)
+        here = subject.scales.get(index)  # the cache serves this layer only; others may not have theirs yet
+        scales = {} if here is None else dict.fromkeys(range(self.model.config.num_hidden_layers), here)
+        cache = self.model.evalkit.new_cache(candidate=subject.candidate, scales=scales)
         if subject.splits:
             cache.state.backend = cache.state.backend.splitting()
         spans = subject.spans(self.prefill[document], source.shape[1])
@@ -269,7 +321,7 @@ class LayerStream:
         found = {}
         for subject in self.subjects:
             stored, scales = kv.get(subject.candidate.format), subject.scales.get(index, Scales())
-            for part in ("latent", "rope"):
+            for part in PARTS:
                 if not subject.is_floor and _is_scaled(stored, part):
                     found[str(subject.candidate), part] = RangeAccumulator(getattr(scales, part))
         return found

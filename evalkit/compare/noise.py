@@ -26,12 +26,17 @@ HALF_ULP: Final = 2.0**-9
 LATENT_DIM: Final = 512
 
 
-def floors(model: Any) -> list[Subject]:
+def floors(model: Any, *, kernel_only: bool = False, frozen: bool = True) -> list[Subject]:
     """The floors that can be measured for a loaded model where it is; see `kernel_floor` and `split_floor` for those
     that may not.
 
-    Only the kernel floor, the one that multiples are taken of, also runs frozen.
+    Only the kernel floor, the one that multiples are taken of, also runs frozen, if anything does. `kernel_only`
+    leaves the others out.
     """
+    other, _ = kernel_floor(model)
+    kernel = [] if other is None else [Subject(candidate=other, rung=KERNEL, runs_frozen=frozen)]
+    if kernel_only:
+        return kernel
     found = [
         Subject(candidate=REFERENCE, rung=BATCH, prefill_chunks=3, runs_frozen=False),
         Subject(candidate=REFERENCE, rung=NOISE, noise=HALF_ULP, runs_frozen=False),
@@ -39,8 +44,7 @@ def floors(model: Any) -> list[Subject]:
     split, _ = split_floor(model)
     if split is not None:
         found.insert(0, Subject(candidate=split, rung=SPLIT, splits=True, runs_frozen=False))
-    other, _ = kernel_floor(model)
-    return found if other is None else [Subject(candidate=other, rung=KERNEL), *found]
+    return [*kernel, *found]
 
 
 def kernel_floor(model: Any) -> tuple[Candidate | None, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,11 @@ class Graft:
     layers: the path module of each decoder layer.
     candidate: what `model(...)` and `model.generate(...)` run on when they are given no cache.
     rounding: see `PathState`.
+    weights: what gives a streamed checkpoint's layers their weights (`evalkit.model.stream`); None where the model
+        has them all.
     """
+
+    weights: Any = None
 
     def __init__(self, model: Any, rounding: torch.dtype | None) -> None:
         if model.config.model_type not in ARCHITECTURES:
@@ -48,6 +53,10 @@ class Graft:
         model.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.model.register_forward_hook(self._after_forward, with_kwargs=True)
         _intercept_generate(model, self.new_cache)
+
+    def weights_of(self, layer: int) -> AbstractContextManager[None]:
+        """Within the block, that decoder layer has its weights."""
+        return nullcontext() if self.weights is None else self.weights.of(layer)
 
     @property
     def device(self) -> torch.device:

@@ -34,7 +34,7 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
         raise InputError(
             f"no checkpoint at {checkpoint}: give a directory with config.json, or one of: {known}"
         )
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     if config.get("model_type") not in ARCHITECTURES:
         raise InputError(
             f"{directory}/config.json has model_type {config.get('model_type')!r}; "
@@ -55,7 +55,7 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        listed = _read_json(index).get("weight_map")
+        listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise InputError(f"{index} has no weight_map: it must say which file holds which tensor")
         names = sorted(set(listed.values()))
@@ -89,17 +89,9 @@ def load(
     Raises:
         InputError: the checkpoint, the candidate or the scales do not fit; nothing has been loaded.
     """
-    from transformers import FineGrainedFP8Config
-
     wanted = Candidate.parse(candidate) if isinstance(candidate, str) else candidate
     directory = resolve_checkpoint(checkpoint)
-    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {place} was asked for and torch sees no GPU: device=cpu runs here")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {place} was asked for and torch sees {torch.cuda.device_count()} GPUs")
-    compute = dtype if dtype is not None else torch.bfloat16 if place.type == "cuda" else torch.float32
-    rounding = torch.bfloat16 if dtype is None and place.type == "cpu" else None
+    place, compute, rounding = placement(device, dtype)
     if wanted.scales == "calibrated" and scales is None:
         raise InputError(
             f"{candidate}: calibrated scales are not stored anywhere; pass scales={{layer: Scales}}"
@@ -107,13 +99,33 @@ def load(
     if wanted.scales == "checkpoint":
         scales = kv.from_checkpoint(directory)
 
-    options: dict[str, Any] = {"dtype": compute, "attn_implementation": "eager"}
-    if "quantization_config" in _read_json(directory / "config.json"):
-        options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    model = _weights_of(directory, options).to(place).eval()
+    if "quantization_config" in read_json(directory / "config.json"):
+        from evalkit.model.stream import load_blocks
+
+        model = load_blocks(directory, place, compute)
+    else:
+        model = _weights_of(directory, {"dtype": compute, "attn_implementation": "eager"}).to(place).eval()
     return graft(model, wanted, scales=scales, rounding=rounding)
+
+
+def placement(
+    device: str | torch.device | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype, torch.dtype | None]:
+    """Where a model lies, what it computes in, and what its rows are rounded to: see `load`.
+
+    Raises:
+        InputError: torch does not see the device.
+    """
+    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {place} was asked for and torch sees no GPU: device=cpu runs here")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {place} was asked for and torch sees {torch.cuda.device_count()} GPUs")
+    compute = dtype if dtype is not None else torch.bfloat16 if place.type == "cuda" else torch.float32
+    rounding = torch.bfloat16 if dtype is None and place.type == "cpu" else None
+    return place, compute, rounding
 
 
 def graft(
@@ -130,18 +142,25 @@ def graft(
     return model
 
 
+def read_config(directory: Path) -> Any:
+    """config.json as transformers' configuration of its architecture."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{directory}/config.json is no configuration of a model: {error}") from None
+
+
 def _weights_of(directory: Path, options: dict[str, Any]) -> Any:
     """The model as transformers loads it; a tensor that is missing or of another shape is refused.
 
     transformers would fill it with random numbers and warn, in a table that says less than one line here.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{directory}/config.json is no configuration of a model: {error}") from None
+    config = read_config(directory)
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_no_report)  # a level would set transformers to checking plans that nothing uses
     try:
@@ -168,7 +187,7 @@ def _is_no_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(file.read_text())
     except FileNotFoundError:

@@ -43,5 +43,14 @@ def _changed(model: Any, cache: PagedCache, ids: Tensor, fill: int) -> Tensor:
     layer.rows = layer.format.allocate(BLOCK, BLOCK, ids.device).fill_(fill)
     # The table of one block is set by hand: growing it would replace the filled pages.
     layer.block_table = torch.zeros(1, 1, dtype=torch.int64, device=ids.device)
-    model(ids, past_key_values=cache)
+    hidden = model.model.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    with model.evalkit.weights_of(0):
+        model.model.layers[0](
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            past_key_values=cache,
+            position_embeddings=model.model.rotary_emb(hidden, position_ids=positions),
+        )
     return layer.rows != fill

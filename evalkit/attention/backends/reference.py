@@ -2,7 +2,8 @@
 
 Queries are taken a chunk at a time against the union of the rows that the chunk selected, so memory stays bounded
 and a row is decoded once a chunk. Every query of a chunk is scored against the whole union and masked to its own
-selection: more arithmetic than a gather, but matrix products instead of scattered reads.
+selection: more arithmetic than a gather, but matrix products instead of scattered reads. On a GPU, which reads
+scattered rows at full speed, a union wider than a selection is gathered from instead, each query's rows apart.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from evalkit.kv import RowFormat, Scales
 
 SCORES_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27}  # elements of [t, H, rows] held at once
 ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
+GATHERED_PER_CHUNK = 2**28  # elements of [t, K, C + R] held at once
+GATHERS_ON = frozenset({"cuda"})
 
 
 @backends.register
@@ -93,6 +96,10 @@ def _attend(
             continue
         latent, rope = (x.float() for x in rows(used))  # [U, C], [U, R]
         keys = torch.cat([latent, rope], -1)
+        if device in GATHERS_ON and used.numel() > indices.shape[1]:
+            numbers = _renumbered(indices[part], used, row_count)
+            out[part], lse[part] = attend_gathered(query[part], keys, numbers, width, sm_scale)
+            continue
         if part.stop - part.start > 1 and not bool(keys.isfinite().all()):
             # 0 · NaN is NaN: only alone do the queries that did not select a non-finite row stay clean of it.
             pending += [slice(one, one + 1) for one in range(part.start, part.stop)]
@@ -106,6 +113,44 @@ def _attend(
         out[part] = (weights.flatten(0, 1) @ latent).view(-1, heads, width).to(out.dtype)
         lse[part] = total.squeeze(-1)
     return out, lse
+
+
+def attend_gathered(
+    query: Tensor, keys: Tensor, numbers: Tensor, width: int, sm_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of each query over its own rows, gathered.
+
+    Args:
+        query: [t, H, C + R]. keys: [U, C + R] float32, of which the first `width` columns are the values.
+        numbers: [t, K] int64 rows of keys, -1 where a query has fewer than K.
+
+    Returns:
+        out [t, H, width] in the queries' dtype and lse [t, H] float32.
+    """
+    out = query.new_empty(*query.shape[:2], width)
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    step = max(1, GATHERED_PER_CHUNK // (max(1, numbers.shape[1]) * keys.shape[1]))
+    # One more row, of zeros, stands where a query has none: 0 · NaN is NaN.
+    keys = torch.cat([keys, keys.new_zeros(1, keys.shape[1])])
+    for start in range(0, len(query), step):
+        part = slice(start, start + step)
+        valid = numbers[part] >= 0
+        rows = keys[numbers[part].where(valid, len(keys) - 1)]  # [t, K, C + R]
+        scores = torch.bmm(query[part].float(), rows.transpose(1, 2)).mul_(sm_scale)  # [t, H, K]
+        scores.masked_fill_(~valid[:, None], -torch.inf)
+        total = scores.logsumexp(-1, keepdim=True)
+        # As in `_attend`: a query without any valid row keeps weight 0 everywhere.
+        scores.sub_(total.clamp(min=torch.finfo(torch.float32).min)).exp_()
+        out[part] = torch.bmm(scores, rows[..., :width]).to(out.dtype)
+        lse[part] = total.squeeze(-1)
+    return out, lse
+
+
+def _renumbered(indices: Tensor, used: Tensor, row_count: int) -> Tensor:
+    """Indices [t, K] as places in `used` [U], -1 kept."""
+    places = torch.empty(row_count, dtype=torch.int64, device=used.device)
+    places[used] = torch.arange(used.numel(), device=used.device)
+    return places[indices.long().clamp(min=0)].where(indices >= 0, -1)
 
 
 def _union(indices: Tensor, row_count: int) -> tuple[Tensor, Tensor]:
