@@ -46,6 +46,9 @@ class RunConfig:
         layers_prompts: a text file to compare layers on; None generates documents.
         layers_frozen: whether candidates also run with selection and routing frozen to the reference's; None is false
             for a streamed checkpoint only.
+        attribution: whether to find out which component of a candidate its loss comes from.
+        attribution_documents: how many of the compared prompts that is done on.
+        attribution_tokens: how many of their first tokens.
         tasks: names of tasks to score; empty scores none.
         task_documents: documents of each task, the same for every candidate.
         batch_size: documents scored together.
@@ -65,6 +68,9 @@ class RunConfig:
     layers_decode_tokens: int = 32
     layers_prompts: Path | None = None
     layers_frozen: bool | None = None
+    attribution: bool = False
+    attribution_documents: int = 1
+    attribution_tokens: int = 1024
     tasks: tuple[str, ...] = ()
     task_documents: int = 24
     batch_size: int = 8
@@ -91,6 +97,8 @@ class RunConfig:
         least = {
             "layers_prompt_tokens": 1,
             "layers_decode_tokens": 0,
+            "attribution_documents": 1,
+            "attribution_tokens": 1,
             "task_documents": 1,
             "batch_size": 1,
             "seed": 0,

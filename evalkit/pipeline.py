@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from evalkit import environment, kv
 from evalkit.attention import backends, indexer
 from evalkit.candidate import BEST, Candidate
-from evalkit.compare import noise
+from evalkit.compare import attribution, noise
 from evalkit.compare.layers import calibrate, compare, count_passes
 from evalkit.compare.state import LayerState, signature
 from evalkit.config import RunConfig
@@ -70,6 +70,7 @@ def run(config: RunConfig, resume: Path | None = None) -> Path:
     with _told_how_to_go_on(directory):
         describe(directory, prepared)
         compare_layers(directory, prepared)
+        attribute_loss(directory, prepared)
         score_tasks(directory, prepared)
         write_report(directory)
     return directory.path
@@ -228,6 +229,22 @@ def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
     state.remove()
 
 
+def attribute_loss(directory: RunDirectory, prepared: Prepared) -> None:
+    """Which component of each candidate its loss comes from, on the first tokens of the compared prompts."""
+    config = prepared.config
+    if "layers" not in config.stages or not config.attribution or directory.done("attribution"):
+        return
+    documents = [
+        ids[: config.attribution_tokens] for ids in prepared.documents[: config.attribution_documents]
+    ]
+    passes = attribution.count_passes(prepared.model, len(documents), prepared.candidates)
+    with directory.stage("attribution") as write, progress("attribution", passes) as advance:
+        for record in attribution.attribute(
+            prepared.model, documents, prepared.candidates, scales=prepared.scales, advance=advance
+        ):
+            write.write(record)
+
+
 def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
     """The same documents for every candidate, each paired with the baseline's.
 
@@ -372,13 +389,18 @@ def _refuse_streamed(config: RunConfig) -> None:
     """Refuse what needs all weights at once.
 
     Raises:
-        InputError: tasks are asked for, or a profile.
+        InputError: tasks are asked for, a profile, or attribution of calibrated candidates.
     """
     place = f"{config.checkpoint} is streamed, one layer's weights at a time"
     if "tasks" in config.stages and config.tasks:
         raise InputError(f"{place}: tasks take them all, so run `evalkit layers`, or leave tasks empty")
     if config.profile != "native":
         raise InputError(f"{place}: profile {config.profile} takes them all, so leave it native")
+    if config.attribution and any(":calibrated" in text for text in _requested(config)):
+        raise InputError(
+            f"{place}: attribution takes calibrated scales before its first layer, so leave it false, or candidates "
+            "without :calibrated"
+        )
 
 
 def _note(candidate: Candidate, scales: Mapping[int, Scales], found_by_layer: bool) -> str:
