@@ -107,8 +107,8 @@ def table(records: Sequence[Record]) -> Table:
             + tokens
         ),
         columns=(
-            "candidate", "component", "worst layer", "alone, relative L2", "share", "all but it",
-            "KL frozen: alone", "share", "all but it", "KL free: alone", "share", "all but it",
+            "candidate", "component", "worst layer", "alone", "share", "all but it", "KL frozen", "share", "all but it", "KL free",
+            "share", "all but it",
         ),
         rows=tuple(row for shares in found for row in _rows(shares)),
         text_columns=2,
@@ -128,7 +128,8 @@ def bars(records: Sequence[Record]) -> list[dict[str, Any]]:
         charts.append(
             {
                 "name": shares.candidate,
-                "places": [_label(place) for place in places],
+                "layers": shares.layers,
+                "wholes": [_label(place) for place in shares.divergences],
                 "series": [
                     {
                         "name": name,

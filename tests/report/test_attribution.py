@@ -137,7 +137,7 @@ def test_the_table_has_each_components_own_worst_layer():
 
 def test_bars_add_up_to_a_hundred_percent_everywhere():
     (chart,) = attribution.bars(records())
-    assert chart["places"] == ["0", "1", "2", "KL frozen", "KL free"]
+    assert (chart["layers"], chart["wholes"]) == ([0, 1, 2], ["KL frozen", "KL free"])
     assert [one["name"] for one in chart["series"]] == ["the stored latent", "the stored rope", "interaction"]
     for place in range(5):
         assert sum(one["share"][place] for one in chart["series"]) == pytest.approx(100)
