@@ -111,3 +111,29 @@ def test_every_format_is_attended_as_its_decoded_rows(name: str) -> None:
     got, _ = backends.get("reference").attend(q_latent, q_rope, cache, format, indices, SM_SCALE, scales)
     want, _ = loop(q_latent, q_rope, *format.load(cache, slots, scales), indices)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_gathered_rows_give_what_the_union_of_rows_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU gathers; with repeated, missing and non-finite rows, and chunks that end in the middle."""
+    draw = torch.Generator().manual_seed(6)
+    q_latent, q_rope = (torch.randn(50, 3, width, generator=draw) for width in (512, 64))
+    latent, rope = (torch.randn(200, width, generator=draw) for width in (512, 64))
+    indices = torch.stack([torch.randperm(200, generator=draw)[:16] for _ in range(50)]).int()
+    indices[3], indices[4, 5:], indices[5, 1] = -1, -1, indices[5, 0]
+    latent[int(indices[7, 0])] = torch.nan
+    exact = reference.Reference()
+    whole = exact.attend_rows(q_latent, q_rope, latent, rope, indices, 0.1)
+    monkeypatch.setattr(reference, "GATHERS_ON", {"cpu"})
+    monkeypatch.setattr(reference, "GATHERED_PER_CHUNK", 7 * 16 * 576)
+    seen: list[int] = []
+    real = reference.attend_gathered
+    monkeypatch.setattr(
+        reference, "attend_gathered", lambda *given: seen.append(len(given[0])) or real(*given)
+    )
+    gathered = exact.attend_rows(q_latent, q_rope, latent, rope, indices, 0.1)
+    assert sum(seen) >= 48
+    for got, wanted in zip(gathered, whole, strict=True):
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+    assert gathered[0][3].eq(0).all()
+    assert gathered[1][3].isneginf().all()
+    assert gathered[0][7].isnan().any()

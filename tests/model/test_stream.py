@@ -303,7 +303,8 @@ def test_tasks_and_profiles_of_a_streamed_checkpoint_are_refused(
 
 
 def compared(run: RunDirectory) -> list[str]:
-    return [to_line(r) for r in run.read() if r.kind in ("layer", "selection", "range", "token")]
+    """All that the comparison found: what is left out holds times and commands."""
+    return [to_line(r) for r in run.read() if r.kind not in ("environment", "stage")]
 
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "loaded"])
