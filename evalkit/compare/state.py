@@ -1,7 +1,7 @@
 """Keeps on disk what the layer comparison carries from layer to layer, so that one that was killed can go on.
 
-One safetensors file, replaced by the next layer's: hidden states and shared selections of every arm, the scales found
-so far, and how many bytes of the records' file belong to the layers it follows. It is written by a thread while the
+One safetensors file, replaced by the next layer's: hidden states and shared selections of every arm, each token's
+trace, the scales found so far, and how many bytes of the records' file belong to the layers it follows. It is written by a thread while the
 next layer runs; a kill in between goes on one layer earlier.
 """
 
@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evalkit.compare.worst import Trace
 from evalkit.kv import Scales
 
 if TYPE_CHECKING:
@@ -58,10 +60,12 @@ class LayerState:
             return 0
         device = stream.model.device
         with safe_open(self.path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 -- no iterator
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no iterator
+        traced = {name: tensors.pop(name) for name in list(tensors) if name.startswith("trace ")}
         for name, value in tensors.items():
             holder, key = _place(stream, name)
-            holder[key] = value
+            holder[key] = value.to(device)
+        _restore_traces(stream, traced, json.loads(self._held["limits"]))
         for (_, scales), found in zip(stream.calibrated, json.loads(self._held["scales"]), strict=True):
             scales |= {int(layer): Scales(**one) for layer, one in found.items()}
         return int(self._held["layer"]) + 1
@@ -74,6 +78,7 @@ class LayerState:
             "signature": self.signature,
             "layer": str(layer),
             "records_bytes": str(self.sync()),
+            "limits": json.dumps({name: trace.limits for name, trace in stream.watch.traces.items()}),
             "scales": json.dumps([{n: asdict(one) for n, one in s.items()} for _, s in stream.calibrated]),
         }
         tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in _named(stream)}
@@ -124,9 +129,28 @@ def _named(stream: LayerStream) -> list[tuple[str, Tensor]]:
         (f"selections {_number(stream, arm)} {number}", value)
         for (arm, number), value in stream.selections.items()
     ]
+    for candidate, trace in stream.watch.traces.items():
+        for kind in ("errors", "dropped"):
+            found += [
+                (f"trace {candidate} {kind} {layer} {number}", torch.from_numpy(values))
+                for layer, parts in getattr(trace, kind).items()
+                for number, values in enumerate(parts)
+            ]
     if stream.calibration is not None:
         found += [(f"calibration {name}", value) for name, value in _named(stream.calibration)]
     return found
+
+
+def _restore_traces(stream: LayerStream, tensors: Mapping[str, Tensor], limits: Any) -> None:
+    for candidate, by_layer in limits.items():
+        trace = stream.watch.traces.setdefault(candidate, Trace())
+        for layer, limit in by_layer.items():
+            trace.limits[int(layer)] = None if limit is None else (limit[0], limit[1])
+            for kind in ("errors", "dropped"):
+                start = f"trace {candidate} {kind} {layer} "
+                count = sum(name.startswith(start) for name in tensors)
+                parts = [tensors[f"{start}{number}"].numpy() for number in range(count)]
+                getattr(trace, kind)[int(layer)] = parts
 
 
 def _place(stream: LayerStream, name: str) -> tuple[Any, Any]:
