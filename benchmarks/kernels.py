@@ -1,11 +1,12 @@
 """Every format on every backend that reads it here: how far from exact attention, and how long a call takes.
 
-    python -m benchmarks.kernels [--heads 128 --queries 64 --topk 2048 --slots 16384] [--json FILE]
+    python -m benchmarks.kernels [--heads 128 --queries 64 --topk 2048 --slots 16384] [--also-selected] [--json FILE]
 
 Times are medians over interleaved repeats; compare within one run only. `device` sums the kernels and copies that one
 call runs on the GPU, as CUPTI reports them (on a CPU it is the time of the call); `host` is the time until a call
-returns; `bare` is the kernel alone, its plan and operands ready; `gather` copies the selected rows as bf16 once, which
-decoding is held against. Errors are relative L2 against exact attention on the same rows, read as the backend does.
+returns; `bare` is the kernel alone, its plan and operands ready; `pass` reads and writes the rows that decoding touches
+once, as bf16: the whole cache, or, of a larger one, the selected rows. Under the table each target says PASS or over,
+and a ratio of whose case. Errors are relative L2 against exact attention on the same rows, read as the backend does.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,10 +39,12 @@ SIZES = {
 }
 CALLS = 5  # of one task in a measurement
 YARDSTICK = ("fp8_e4m3", "flashinfer", "native")
+SELECTED_SLOTS = 262144  # more than the default sizes select, so that rows are decoded as they are selected
+MARK = "spin_kernel"  # of torch.cuda._sleep, between the kernels of two tasks
 
 COLUMNS = (
     *("format", "backend", "read", "B/token", "rel. L2", "worst query", "device ms", "bare ms", "x bare"),
-    *("x fp8@flashinfer", "host ms", "plan ms", "decode ms", "eager", "gather ms", "x gather", "decoder"),
+    *("x fp8@flashinfer", "host ms", "plan ms", "decode ms", "eager ms", "pass ms", "x pass", "decoder"),
 )
 
 Call = Callable[[], Any]
@@ -98,8 +101,8 @@ class Row:
     plan_ms: float | None = None
     decode_ms: float | None = None
     decode_eager_ms: float | None = None
-    gather_ms: float | None = None
-    decode_over_gather: float | None = None
+    pass_ms: float | None = None
+    decode_over_pass: float | None = None
     decoder: str | None = None
 
 
@@ -137,15 +140,29 @@ class Case:
     def decode(self) -> tuple[Tensor, Tensor]:
         return decoded.decode(self.format, self.cache, self.problem.indices, self.scales)
 
-    def decode_eagerly(self) -> Tensor:
-        """As `decode`, without a compiler."""
-        planes, slots = self.format.byte_planes(self.cache), self.problem.indices.flatten()
-        whole = len(slots) >= len(planes[0])
-        return decoded._eager(self.format, planes, None if whole else slots, self.scales)
+    @property
+    def decodes_whole(self) -> bool:
+        return self.problem.indices.numel() >= len(self.problem.latent)
 
-    def gather(self) -> Call:
-        """One pass over the selected rows as bf16."""
+    def decode_eagerly(self) -> Tensor:
+        """As `decode`, without a kernel for it."""
+        planes, slots = self.format.byte_planes(self.cache), self.problem.indices.flatten()
+        return decoded._eager(self.format, planes, None if self.decodes_whole else slots, self.scales)
+
+    def decoder(self, device: torch.device) -> str:
+        """What decodes: nothing where the rows are bf16 already."""
+        if self.decode()[0].data_ptr() == self.cache.data_ptr():
+            return "none"
+        if device.type == "cpu" or self.format.name in decoded._EAGER:
+            return "eager"
+        return "compiled" if self.format.layout is None else "kernel"
+
+    def pass_over_rows(self) -> Call:
+        """Read and write once, as bf16, the rows that decoding touches."""
         rows = torch.cat([self.problem.latent, self.problem.rope], -1)
+        if self.decodes_whole:
+            copy = torch.empty_like(rows)
+            return lambda: copy.copy_(rows)
         index, out = self.problem.indices.flatten(), rows.new_empty(self.problem.indices.numel(), 576)
         return lambda: torch.index_select(rows, 0, index, out=out)
 
@@ -163,9 +180,9 @@ def _bare_flashinfer(
     x: Problem, format: RowFormat, cache: Tensor, indices: Tensor, scales: Scales
 ) -> tuple[Call, Call]:
     latent, rope, options = flashinfer._READS[format.name](format.planes(cache), scales)
-    lengths = flashinfer._lengths(indices)
-    backend = flashinfer.FlashInfer(pads=False)
-    wrapper = backend._planned(indices, lengths, 0, x.q_latent, latent.dtype, SM_SCALE)
+    plan = flashinfer._Plan()
+    lengths = plan.take(indices)
+    wrapper = plan.prepared(indices, lengths, 0, x.q_latent, latent.dtype, SM_SCALE)
     slots = indices.flatten().contiguous()
     options |= {"out": torch.empty_like(x.q_latent), "return_lse": True, "return_lse_base_on_e": True}
     options["lse"] = x.q_latent.new_empty(x.q_latent.shape[:2], dtype=torch.float32)
@@ -187,44 +204,63 @@ def _bare_flashmla(
     return lambda: call(query, rows, slots, SM_SCALE), None
 
 
-def device_ms(call: Call, device: torch.device) -> float:
-    """What one call runs on the device, idle time left out; on a CPU, how long it takes."""
+def device_times(calls: dict[Any, Call], device: torch.device) -> dict[Any, float]:
+    """What each call runs on the device, idle time left out, in ms; on a CPU, how long it takes.
+
+    One profile holds all of them, since starting one takes longer than most calls. Kernels of a stream run in order,
+    so a marking kernel before each task's says whose they are.
+    """
     if device.type == "cpu":
-        return host_ms(call, device)
+        return host_times(calls, device)
     from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(CALLS):
-            call()
-        torch.cuda.synchronize()
-    ran = [event for event in seen.events() or () if event.device_type == DeviceType.CUDA]
-    if not ran:
-        raise SystemExit("the profiler saw nothing on the GPU: CUPTI is needed to measure device time")
-    return float(sum(event.time_range.elapsed_us() for event in ran)) / 1e3 / CALLS
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Profiler clears events")
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for call in calls.values():
+                torch.cuda._sleep(1)
+                for _ in range(CALLS):
+                    call()
+            torch.cuda.synchronize()
+        events = [event for event in seen.events() or () if event.device_type == DeviceType.CUDA]
+    sums: list[float] = []
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if MARK in event.name:
+            sums.append(0.0)
+        elif sums:
+            sums[-1] += event.time_range.elapsed_us()
+    if len(sums) != len(calls):
+        raise SystemExit(
+            f"the profiler saw {len(sums)} of {len(calls)} tasks on the GPU: CUPTI is needed to measure device time"
+        )
+    return {key: total / 1e3 / CALLS for key, total in zip(calls, sums, strict=True)}
 
 
-def host_ms(call: Call, device: torch.device) -> float:
-    """How long one call keeps its caller, the device idle before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
+def host_times(calls: dict[Any, Call], device: torch.device) -> dict[Any, float]:
+    """How long each call keeps its caller, the device idle before, in ms."""
+    times = {}
+    for key, call in calls.items():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times[key] = (time.perf_counter() - start) * 1e3
+    return times
 
 
 def medians(
-    calls: dict[Any, Call], clock: Callable[[Call, torch.device], float], device: torch.device, repeats: int
+    calls: dict[Any, Call],
+    clock: Callable[[dict[Any, Call], torch.device], dict[Any, float]],
+    device: torch.device,
+    repeats: int,
 ) -> dict[Any, float]:
     """Each call's median time, the calls taking turns."""
-    times: dict[Any, list[float]] = {key: [] for key in calls}
     for call in calls.values():
         call()
-    for _ in range(repeats):
-        for key, call in calls.items():
-            times[key].append(clock(call, device))
-    return {key: statistics.median(values) for key, values in times.items()}
+    rounds = [clock(calls, device) for _ in range(repeats)]
+    return {key: statistics.median(times[key] for times in rounds) for key in calls}
 
 
 def cases(problem: Problem, device: torch.device) -> tuple[list[Case], dict[str, list[str]]]:
@@ -284,16 +320,15 @@ def measure(found: list[Case], device: torch.device, repeats: int) -> list[Row]:
         if case.read == "decoded":
             on_device["decode_ms", case.key] = case.decode
             on_device["decode_eager_ms", case.key] = case.decode_eagerly
-            on_device["gather_ms", case.key] = case.gather()
-            is_eager = device.type == "cpu" or case.format.name in decoded._EAGER
-            rows[case.key].decoder = "eager" if is_eager else "compiled"
-    for calls, clock in ((on_device, device_ms), (on_host, host_ms)):
+            on_device["pass_ms", case.key] = case.pass_over_rows()
+            rows[case.key].decoder = case.decoder(device)
+    for calls, clock in ((on_device, device_times), (on_host, host_times)):
         for (field, key), value in medians(calls, clock, device, repeats).items():
             setattr(rows[key], field, value)
     yardstick = rows.get(YARDSTICK)
     for row in rows.values():
         row.over_bare = _ratio(row.device_ms, row.bare_ms)
-        row.decode_over_gather = _ratio(row.decode_ms, row.gather_ms)
+        row.decode_over_pass = _ratio(row.decode_ms, row.pass_ms)
         row.over_flashinfer_fp8 = _ratio(row.device_ms, yardstick.device_ms if yardstick else None)
     return list(rows.values())
 
@@ -321,39 +356,81 @@ def table(rows: list[Row], title: str) -> Table:
             ratio_of(r.over_flashinfer_fp8),
         )
         host = time_of(r.host_ms), time_of(r.plan_ms)
-        decoding = [time_of(value) for value in (r.decode_ms, r.decode_eager_ms, r.gather_ms)]
-        decoding += [ratio_of(r.decode_over_gather), r.decoder or "n/a"]
+        decoding = [time_of(value) for value in (r.decode_ms, r.decode_eager_ms, r.pass_ms)]
+        decoding += [ratio_of(r.decode_over_pass), r.decoder or "n/a"]
         shown.add_row(r.format, r.backend, r.read, str(r.bytes_per_token), *errors, *times, *host, *decoding)
     return shown
 
 
+def targets(rows: list[Row]) -> list[str]:
+    """One line a target: whether every ratio that it limits is within it, and each ratio."""
+    decoding = [(row, row.decode_over_pass) for row in rows]
+    native = [(row, row.over_bare) for row in rows if row.read == "native"]
+    emulated = [
+        (row, row.over_flashinfer_fp8)
+        for row in rows
+        if (row.format, row.backend) == ("fp8_e4m3", "emulated")
+    ]
+    return [
+        _target("a native call over its bare kernel", 1.10, native),
+        _target("decoding over one pass", 1.0, decoding),
+        _target("emulated fp8_e4m3 over flashinfer's", 5.0, emulated),
+    ]
+
+
+def _target(what: str, limit: float, found: list[tuple[Row, float | None]]) -> str:
+    ratios = [(f"{row.format}@{row.backend}", ratio) for row, ratio in found if ratio is not None]
+    if not ratios:
+        return f"{what} <= {limit:.2f}: n/a, not measured here"
+    within = all(ratio <= limit for _, ratio in ratios)
+    each = ", ".join(f"{name} {ratio:.3f}{'' if ratio <= limit else ' (over)'}" for name, ratio in ratios)
+    return f"{what} <= {limit:.2f}: {'PASS' if within else 'over'}: {each}"
+
+
+def show(found: Table) -> None:
+    """Print a table as wide as it is: a line that wraps is no line of a table."""
+    width = Console(width=1000).measure(found).maximum
+    Console(width=width).print(found)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the table, and write it as JSON where asked."""
+    """Measure, print the tables and the targets, and write the figures as JSON where asked."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, value in SIZES[device.type].items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default here {value}")
-    parser.add_argument("--repeats", type=int, default=7, help="measurements of each time (default 7)")
+    parser.add_argument(
+        "--also-selected", action="store_true", help=f"a second table, with at least {SELECTED_SLOTS} slots"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each time (default 5)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     given = parser.parse_args(arguments)
     sizes = {name: getattr(given, name) for name in SIZES[device.type]}
     if min(*sizes.values(), given.repeats) < 1 or given.topk > given.slots:
         parser.error(f"every size must be at least 1 and topk at most slots, given {sizes}")
     environment.exact_numerics()
-    with torch.no_grad():
-        found, refused = cases(Problem.draw(**sizes, device=device), device)
-        rows = measure(found, device, given.repeats)
     gpu = environment.gpu_name(str(device)) or "CPU"
+    facts = {"gpu": gpu, "torch": torch.__version__, "repeats": given.repeats}
+    figures = facts | tabulated(sizes, device, given.repeats, gpu)
+    if given.also_selected:
+        larger = sizes | {"slots": max(SELECTED_SLOTS, 2 * sizes["queries"] * sizes["topk"])}
+        figures["selected"] = tabulated(larger, device, given.repeats, gpu)
+    if given.json is not None:
+        given.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def tabulated(sizes: dict[str, int], device: torch.device, repeats: int, gpu: str) -> dict[str, Any]:
+    """Measure at these sizes, print what was found, and return it as JSON holds it."""
+    found, refused = cases(Problem.draw(**sizes, device=device), device)
+    rows = measure(found, device, repeats)
     shape = ", ".join(f"{value} {name}" for name, value in sizes.items())
-    Console(width=None if sys.stdout.isatty() else 240).print(
-        table(rows, f"{shape}; {gpu}, torch {torch.__version__}")
-    )
+    show(table(rows, f"{shape}; {gpu}, torch {torch.__version__}"))
     for reason, names in refused.items():
         print(f"not here: {reason}: {', '.join(names)}")
-    if given.json is not None:
-        facts = {"gpu": gpu, "torch": torch.__version__, "repeats": given.repeats, "sizes": sizes}
-        text = json.dumps({**facts, "rows": [asdict(row) for row in rows], "refused": refused}, indent=1)
-        given.json.write_text(text + "\n", encoding="utf-8")
+    lines = targets(rows)
+    print(*lines, sep="\n", flush=True)
+    return {"sizes": sizes, "rows": [asdict(row) for row in rows], "refused": refused, "targets": lines}
 
 
 if __name__ == "__main__":

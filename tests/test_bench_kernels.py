@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +33,42 @@ def test_every_format_has_a_line_for_each_way_to_read_it(
             assert row["device_ms"] > 0
             assert row["host_ms"] > 0
             assert (row["decode_ms"] is None) == (read == "native")
-            assert (row["decode_over_gather"] is None) == (read == "native")
+            assert (row["decode_over_pass"] is None) == (read == "native")
+            assert row["decoder"] == (None if read == "native" else "none" if name == "bf16" else "eager")
             assert row["bare_ms"] is None
     printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    headings = [line for line in lines if "rel. L2" in line]
+    assert len(headings) == 1
+    assert len([line for line in lines if len(line) == len(headings[0])]) >= len(rows) + 3  # none is wrapped
+    assert "a native call over its bare kernel <= 1.10: n/a, not measured here" in printed
+    assert f"decoding over one pass <= 1.00: {'over' if any_over(found['rows']) else 'PASS'}: " in printed
     assert all(name in printed for name in (*kv.names(), *backends.names()))
     assert "FlashInfer needs an NVIDIA GPU" in printed
+
+
+def any_over(rows: list[dict[str, Any]]) -> bool:
+    return any((row["decode_over_pass"] or 0.0) > 1.0 for row in rows)
+
+
+def row(read: str = "native", **figures: float) -> kernels.Row:
+    errors = {"relative_l2": 0.0, "worst_query_relative_l2": 0.0, "device_ms": 1.0, "host_ms": 1.0}
+    named = {"format": "fp8_e4m3", "backend": "emulated", "kernel": "k", "bytes_per_token": 576}
+    return kernels.Row(read=read, **named, **(errors | figures))  # type: ignore[arg-type]
+
+
+def test_a_target_is_met_only_where_every_ratio_is_within_it() -> None:
+    met = kernels.targets([row(over_bare=1.1, over_flashinfer_fp8=5.0), row("decoded", decode_over_pass=1.0)])
+    assert [line.split(": ")[1] for line in met] == ["PASS", "PASS", "PASS"]
+    missed = kernels.targets(
+        [
+            row(over_bare=1.0, over_flashinfer_fp8=float("nan")),
+            row(over_bare=1.101),
+            row("decoded", over_bare=2.0, decode_over_pass=1.001),
+        ]
+    )
+    assert [line.split(": ")[1] for line in missed] == ["over", "over", "over"]
+    assert missed[0].endswith("fp8_e4m3@emulated 1.000, fp8_e4m3@emulated 1.101 (over)")
 
 
 def test_sizes_that_do_not_fit_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

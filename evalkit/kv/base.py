@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evalkit.errors import InputError
 from evalkit.kv import pages
+from evalkit.kv.layout import Layout
 from evalkit.kv.scales import IDENTITY, ReadScale, Scales, calibrate
 from evalkit.registry import Registry
 
@@ -26,7 +27,8 @@ class RowFormat(ABC):
 
     `value_dim` leading elements of what `load` returns are what attention sums. `uses_scales` is True where
     `Scales.latent` or `Scales.rope` change the bytes. `four_bit` is True where the latent is e2m1: coarse, and without
-    a code for NaN. `what` says in a phrase what a row is.
+    a code for NaN. `what` says in a phrase what a row is. `layout` is `decode` as data, by which one kernel decodes
+    rows; without it, torch.compile fuses `decode`.
     """
 
     name: str
@@ -37,6 +39,12 @@ class RowFormat(ABC):
     value_dim: int = 512
     uses_scales: bool = False
     four_bit: bool = False
+    layout: Layout | None = None
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "decode" in vars(cls) and "layout" not in vars(cls):
+            cls.layout = None  # an inherited one is not this decode
 
     @abstractmethod
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:

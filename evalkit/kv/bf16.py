@@ -5,6 +5,7 @@ from torch import Tensor
 
 from evalkit.kv import pages
 from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
+from evalkit.kv.layout import Layout, Part
 from evalkit.kv.scales import ReadScale, Scales
 
 
@@ -12,6 +13,7 @@ from evalkit.kv.scales import ReadScale, Scales
 class Bf16(RowFormat):
     name, row_bytes = "bf16", 1152
     what = "bf16 numbers, vLLM's auto: the baseline"
+    layout = Layout(latent=Part(kind="bf16", offset=0), rope=Part(kind="bf16", offset=1024))
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         return as_bytes(latent.bfloat16(), rope.bfloat16())

@@ -38,11 +38,11 @@ def to_e2m1(values: Tensor) -> Tensor:
 
 
 def from_e2m1(codes: Tensor) -> Tensor:
-    """Codes 0 to 15 -> float32."""
-    size = codes & 7
-    exponent, mantissa = (size >> 1).float(), (size & 1).float()
-    value = torch.where(exponent > 0, (1 + mantissa / 2) * (exponent - 1).exp2(), mantissa / 2)
-    return torch.where(codes >= 8, -value, value)
+    """Codes 0 to 15 -> float32, by their bits: compiled code may lose the sign of a zero in arithmetic."""
+    size = (codes & 7).int()
+    half = 126 << 23  # the bits of 0.5; from 1.0 on, each code is half an exponent further
+    bits = torch.where(size < 2, size * half, (size << 22) + half)
+    return (bits | ((codes.int() & 8) << 28)).view(torch.float32)
 
 
 def pack(codes: Tensor) -> Tensor:

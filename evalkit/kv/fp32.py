@@ -5,6 +5,7 @@ from torch import Tensor
 
 from evalkit.kv import pages
 from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
+from evalkit.kv.layout import Layout, Part
 from evalkit.kv.scales import ReadScale, Scales
 
 
@@ -12,6 +13,7 @@ from evalkit.kv.scales import ReadScale, Scales
 class Fp32(RowFormat):
     name, row_bytes = "fp32", 2304
     what = "float32 numbers: no server has it, it verifies the path itself"
+    layout = Layout(latent=Part(kind="fp32", offset=0), rope=Part(kind="fp32", offset=2048))
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         return as_bytes(latent.float(), rope.float())

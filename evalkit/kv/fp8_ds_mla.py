@@ -8,7 +8,8 @@ from torch import Tensor
 
 from evalkit.kv import pages
 from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
-from evalkit.kv.e4m3 import as_tiles, decode_tiles, encode_tiles, power_of_two_scale
+from evalkit.kv.e4m3 import TILE, as_tiles, decode_tiles, encode_tiles, power_of_two_scale
+from evalkit.kv.layout import Layout, Part
 from evalkit.kv.scales import ReadScale, Scales
 
 
@@ -16,6 +17,12 @@ from evalkit.kv.scales import ReadScale, Scales
 class Fp8DsMla(RowFormat):
     name, row_bytes = "fp8_ds_mla", 656
     what = "DeepSeek's own: e4m3 latent, a power of two every 128, bf16 rope"
+    layout = Layout(
+        latent=Part(kind="e4m3", offset=0),
+        scale=Part(kind="fp32", offset=512),
+        group=TILE,
+        rope=Part(kind="bf16", offset=528),
+    )
 
     def tile_scale(self, tiles: Tensor) -> Tensor:
         """The write rule: tiles [T, 4, TILE] -> scale [T, 4] float32."""

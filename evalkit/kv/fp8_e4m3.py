@@ -10,6 +10,7 @@ from torch import Tensor
 from evalkit.kv import pages
 from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
 from evalkit.kv.e4m3 import constant, divide, to_e4m3
+from evalkit.kv.layout import Layout, Part
 from evalkit.kv.scales import ReadScale, Scales
 
 
@@ -17,6 +18,9 @@ from evalkit.kv.scales import ReadScale, Scales
 class Fp8E4m3(RowFormat):
     name, row_bytes, uses_scales = "fp8_e4m3", 576, True
     what = "e4m3 under one scale per layer, vLLM's standard fp8"
+    layout = Layout(
+        latent=Part(kind="e4m3", offset=0, scaled=True), rope=Part(kind="e4m3", offset=512, scaled=True)
+    )
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         return as_bytes(

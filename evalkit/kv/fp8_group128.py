@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evalkit.kv.base import PlanarFormat, as_bytes, formats
 from evalkit.kv.e4m3 import (
+    TILE,
     as_tiles,
     constant,
     decode_tiles,
@@ -19,6 +20,7 @@ from evalkit.kv.e4m3 import (
     power_of_two_scale,
     to_e4m3,
 )
+from evalkit.kv.layout import Layout, Part
 from evalkit.kv.scales import ReadScale, Scales
 
 
@@ -35,6 +37,12 @@ class Fp8Group128(PlanarFormat):
     name, row_bytes, uses_scales = "fp8_group128", 592, True
     what = "e4m3 latent, a float32 scale every 128; e4m3 rope: FlashInfer's"
     plane_bytes = (512, 64, 16)
+    layout = Layout(
+        latent=Part(kind="e4m3", offset=0),
+        rope=Part(kind="e4m3", offset=512, scaled=True),
+        scale=Part(kind="fp32", offset=576),
+        group=TILE,
+    )
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         tiles = as_tiles(latent)

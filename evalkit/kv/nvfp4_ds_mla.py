@@ -26,6 +26,7 @@ from evalkit.kv.e2m1 import (
     group_amax,
 )
 from evalkit.kv.e4m3 import constant, divide, to_e4m3
+from evalkit.kv.layout import Layout, Part
 from evalkit.kv.scales import ReadScale, Scales
 
 SMALLEST_SCALE = 2.0**-9
@@ -35,6 +36,13 @@ SMALLEST_SCALE = 2.0**-9
 class Nvfp4DsMla(RowFormat):
     name, row_bytes, uses_scales, four_bit = "nvfp4_ds_mla", 352, True, True
     what = "e2m1 latent, an e4m3 scale every 16; e4m3 rope: vLLM's"
+    layout = Layout(
+        latent=Part(kind="e2m1", offset=0, scaled=True),
+        rope=Part(kind="e4m3", offset=256),
+        scale=Part(kind="e4m3", offset=320),
+        group=GROUP,
+        scale_lanes=4,
+    )
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         groups = as_groups(divide(latent.float(), scales.latent))

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from evalkit.kv.base import PlanarFormat, as_bytes, formats
-from evalkit.kv.e2m1 import E2M1_MAX, as_groups, decode_groups, encode_groups, group_amax
+from evalkit.kv.e2m1 import E2M1_MAX, GROUP, as_groups, decode_groups, encode_groups, group_amax
 from evalkit.kv.e4m3 import constant, to_e4m3
+from evalkit.kv.layout import Layout, Part
 from evalkit.kv.scales import ReadScale, Scales
 
 
@@ -35,6 +36,12 @@ class Nvfp4FlashInfer(PlanarFormat):
     name, row_bytes, uses_scales, four_bit = "nvfp4_flashinfer", 352, True, True
     what = "e2m1 latent, an e4m3 scale every 16; e4m3 rope; as FlashInfer writes it"
     plane_bytes = (256, 32, 64)
+    layout = Layout(
+        latent=Part(kind="e2m1", offset=0, scaled=True),
+        scale=Part(kind="e4m3", offset=256),
+        group=GROUP,
+        rope=Part(kind="e4m3", offset=288, scaled=True),
+    )
 
     def encode(self, latent: Tensor, rope: Tensor, scales: Scales) -> Tensor:
         groups = as_groups(latent)

@@ -160,19 +160,49 @@ def test_a_kernel_that_cannot_run_here_is_refused_under_its_whole_name() -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["kernel", "compiled"])
 @pytest.mark.parametrize("name", kv.names())
 @compiles
-def test_the_compiled_decode_has_the_bits_of_the_eager_one(name: str) -> None:
+def test_decoding_on_a_gpu_has_the_bits_of_the_eager_one(
+    name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel that reads the format's layout, and as torch.compile fuses a format that has none."""
     format = kv.get(name)
+    if compiled:
+        monkeypatch.setattr(type(format), "layout", None)
     for slots, queries, width in ((4096, 1, 2048), (4096, 5, 2048), (70_000, 3, 512), (512, 64, 512)):
         cache = filled(format, "cuda", slots)
         indices = selection(queries, width, "cuda", slots)
         rows, numbers = decoded.decode(format, cache, indices, SCALES)
         valid = indices >= 0
+        assert torch.equal(numbers >= 0, valid)
         got = kv.get("bf16").planes(rows).rows[numbers[valid].long()]
         want = decoded._eager(format, format.byte_planes(cache), indices[valid], SCALES)
         assert torch.equal(got.view(torch.int16), want.view(torch.int16))
     assert name not in decoded._EAGER, "torch.compile refused this format"
+
+
+@pytest.mark.parametrize("name", ["fp8_ds_mla", "nvfp4_flashinfer"])
+@compiles
+def test_compiled_code_has_the_bits_of_the_eager_one(name: str) -> None:
+    """Inductor's own, on a CPU: of stored scales, and of planes with zeros of both signs."""
+    format = kv.get(name)
+    planes = format.byte_planes(filled(format))
+    given = decoded._Given(torch.tensor(SCALES.latent), torch.tensor(SCALES.rope))
+    got = decoded.fused.__wrapped__(format)(planes, None, given)[:-1]
+    want = decoded._eager(format, planes, None, SCALES)[:-1]
+    assert not format.four_bit or ((want == 0) & want.signbit()).any()
+    assert torch.equal(got.view(torch.int16), want.view(torch.int16))
+
+
+def test_rows_that_are_bf16_already_stay_where_they_are() -> None:
+    format = kv.get("bf16")
+    cache = filled(format)
+    for queries, width in ((3, 8), (5, 40)):
+        indices = selection(queries, width)
+        rows, numbers = decoded.decode(format, cache, indices, SCALES)
+        assert numbers is indices
+        assert rows.data_ptr() == cache.data_ptr()
 
 
 NATIVE = [("flashinfer", name) for name in ("fp8_e4m3", "fp8_group128")]

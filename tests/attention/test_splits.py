@@ -80,35 +80,33 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return made
 
 
-def planned(backend: FlashInfer, indices: list[list[int]], padding: int = 0) -> tuple[Any, list[int]]:
+def planned(plan: flashinfer._Plan, indices: list[list[int]], padding: int = 0) -> tuple[Any, list[int]]:
     """The wrapper for a selection and the slots that it would read."""
     given = torch.tensor(indices)
-    lengths = flashinfer._lengths(given)
     query = torch.zeros(len(indices), 8, 512, dtype=torch.bfloat16)
-    wrapper = backend._planned(given, lengths, padding, query, torch.bfloat16, 0.1)
-    (plan,) = backend._plans.values()
+    wrapper = plan.prepared(given, plan.take(given), padding, query, torch.bfloat16, 0.1)
     assert plan.slots is not None
     return wrapper, plan.slots[: sum(plan.lengths)].tolist()
 
 
 def test_other_slots_of_the_same_lengths_go_into_the_plan_that_there_is(plans: list[list[int]]) -> None:
-    backend = FlashInfer()
-    assert planned(backend, [[3, 1, 2], [4, -1, -1]]) == ("wrapper 1", [3, 1, 2, 4])
-    assert planned(backend, [[7, 8, 9], [-1, 5, -1]]) == ("wrapper 1", [7, 8, 9, 5])
+    plan = flashinfer._Plan()
+    assert planned(plan, [[3, 1, 2], [4, -1, -1]]) == ("wrapper 1", [3, 1, 2, 4])
+    assert planned(plan, [[7, 8, 9], [-1, 5, -1]]) == ("wrapper 1", [7, 8, 9, 5])
     assert plans == [[3, 1]]
-    assert planned(backend, [[7, 8, 9], [6, 5, -1]]) == ("wrapper 2", [7, 8, 9, 6, 5])
-    assert planned(backend, [[7, 8, 9], [6, 5, 4]]) == ("wrapper 3", [7, 8, 9, 6, 5, 4])
+    assert planned(plan, [[7, 8, 9], [6, 5, -1]]) == ("wrapper 2", [7, 8, 9, 6, 5])
+    assert planned(plan, [[7, 8, 9], [6, 5, 4]]) == ("wrapper 3", [7, 8, 9, 6, 5, 4])
     assert plans == [[3, 1], [3, 2], [3, 3]]
 
 
 def test_padding_repeats_the_longest_selection_after_the_others(plans: list[list[int]]) -> None:
-    got = planned(FlashInfer(), [[9, -1, -1], [4, -1, 6], [-1, -1, -1]], padding=2)
+    got = planned(flashinfer._Plan(), [[9, -1, -1], [4, -1, 6], [-1, -1, -1]], padding=2)
     assert got == ("wrapper 1", [9, 4, 6, 4, 6, 4, 6])
     assert plans == [[1, 2, 0, 2, 2]]
 
 
 def test_a_selection_without_columns_has_no_slots() -> None:
-    assert flashinfer._lengths(torch.empty(3, 0, dtype=torch.int32)) == [0, 0, 0]
+    assert flashinfer._Plan().take(torch.empty(3, 0, dtype=torch.int32)) == [0, 0, 0]
 
 
 def exactly(query: Tensor, rows: Tensor, indices: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:

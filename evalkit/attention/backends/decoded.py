@@ -6,9 +6,10 @@ Where a call selects at least as many rows as the cache holds, the whole cache i
 rows are, each as often as it is selected, and the selection is renumbered. Neither waits for the device, and a row is
 decoded alike whatever else is.
 
-On CUDA a format's own `decode` is fused by torch.compile, once a format; eager torch would take about ten passes over
-float32 values. Scales enter as tensors, since compiled code would be bound to one number each, and are rounded in
-integer arithmetic, since inductor drops a cast to bf16 and back.
+On CUDA one Triton kernel decodes every format that declares its `layout`; rows that are bf16 already stay where they
+are. The `decode` of any other format is fused by torch.compile, once a format; eager torch would take about ten passes
+over float32 values. Scales enter compiled code as tensors, since it would be bound to one number each, and are rounded
+in integer arithmetic, since inductor drops a cast to bf16 and back.
 """
 
 from __future__ import annotations
@@ -82,7 +83,15 @@ def decode(format: RowFormat, cache: Tensor, indices: Tensor, scales: Scales) ->
         The bf16 cache, uint8 pages of one slot each, and `indices` [T, K] renumbered to its slots, -1 kept.
     """
     planes = format.byte_planes(cache)
-    if indices.numel() >= len(planes[0]):
+    if format.layout is not None and format.layout == kv.get("bf16").layout and len(planes) == 1:
+        return planes[0], indices
+    whole = indices.numel() >= len(planes[0])
+    if format.layout is not None and planes[0].device.type == "cuda":
+        from evalkit.attention.backends.kernels.unpacking import unpack
+
+        rows, renumbered = unpack(format.layout, planes, None if whole else indices, scales)
+        return rows.view(torch.uint8), indices if renumbered is None else renumbered
+    if whole:
         return decode_rows(format, planes, None, scales), indices
     numbers = torch.arange(indices.numel(), dtype=torch.int32, device=indices.device).view_as(indices)
     # A query without a row there decodes slot 0 in its place, and does not attend to it.

@@ -95,14 +95,16 @@ class FlashInfer(BF16Operands):
     ) -> tuple[Tensor, Tensor]:
         """The queries of one plan: out [t, H, C], lse [t, H]."""
         queries, heads = q_latent.shape[:2]
-        lengths = _lengths(indices)
+        key = (q_latent.device, q_latent.dtype, rows[0].dtype, heads, sm_scale)
+        plan = self._plans.setdefault(key, _Plan())
+        lengths = plan.take(indices)
         if not any(lengths):
             return torch.zeros_like(q_latent), q_latent.new_full((queries, heads), -torch.inf).float()
         padding = 0
         if self._pads:
             processors = torch.cuda.get_device_properties(q_latent.device).multi_processor_count
             padding = padding_against_splits(lengths, heads, processors)
-        wrapper = self._planned(indices, lengths, padding, q_latent, rows[0].dtype, sm_scale)
+        wrapper = plan.prepared(indices, lengths, padding, q_latent, rows[0].dtype, sm_scale)
         if padding:
             q_latent, q_rope = (F.pad(part, (0, 0, 0, 0, 0, padding)) for part in (q_latent, q_rope))
         out = q_latent.new_empty(q_latent.shape)  # contiguous, which empty_like need not be
@@ -118,36 +120,6 @@ class FlashInfer(BF16Operands):
         )
         return out[:queries], lse[:queries]
 
-    def _planned(
-        self,
-        indices: Tensor,
-        lengths: list[int],
-        padding: int,
-        query: Tensor,
-        dtype: torch.dtype,
-        sm_scale: float,
-    ) -> Any:
-        """A wrapper planned for these lengths and as many queries of the longest, its slots set to `indices`."""
-        longest = max(lengths)
-        key = (query.device, query.dtype, dtype, query.shape[1], sm_scale)
-        plan = self._plans.setdefault(key, _Plan())
-        packed, total = sum(lengths), sum(lengths) + padding * longest
-        if plan.slots is None or len(plan.slots) < total:
-            plan.slots = torch.empty(total, dtype=torch.int32, device=query.device)
-            plan.lengths = []
-        if packed == indices.numel():
-            plan.slots[:packed].view_as(indices).copy_(indices)
-        else:
-            plan.slots[:packed] = indices[indices >= 0]
-        if padding:
-            start = sum(lengths[: lengths.index(longest)])
-            plan.slots[packed:total].view(padding, longest)[:] = plan.slots[start : start + longest]
-        lengths = lengths + [longest] * padding
-        if lengths != plan.lengths:
-            plan.wrapper = _plan(plan.slots, lengths, query, dtype, sm_scale)
-            plan.lengths = lengths
-        return plan.wrapper
-
 
 @dataclass(eq=False)
 class _Plan:
@@ -156,6 +128,52 @@ class _Plan:
     wrapper: Any = None
     lengths: list[int] = field(default_factory=list)
     slots: Tensor | None = None  # [at least the sum of lengths] int32
+
+    def take(self, indices: Tensor) -> list[int]:
+        """Put `indices` [T, K] into the slots, row after row, and say how many of each are valid. Waits for the device."""
+        slots = self._room(indices.numel(), indices.device)
+        if indices.device.type == "cuda":
+            from evalkit.attention.backends.kernels.packing import take_slots
+
+            counts = take_slots(indices, slots)
+        else:
+            slots[: indices.numel()].view_as(indices).copy_(indices)
+            counts = (indices >= 0).sum(-1)
+        lengths: list[int] = counts.tolist()
+        return lengths
+
+    def prepared(
+        self,
+        indices: Tensor,
+        lengths: list[int],
+        padding: int,
+        query: Tensor,
+        dtype: torch.dtype,
+        sm_scale: float,
+    ) -> Any:
+        """A wrapper planned for what `take` took, and for as many more queries of the longest, its slots in place."""
+        longest, packed = max(lengths), sum(lengths)
+        total = packed + padding * longest
+        slots = self._room(total, indices.device, kept=packed)
+        if packed < indices.numel():
+            slots[:packed] = indices[indices >= 0]
+        if padding:
+            start = sum(lengths[: lengths.index(longest)])
+            slots[packed:total].view(padding, longest)[:] = slots[start : start + longest]
+        lengths = lengths + [longest] * padding
+        if lengths != self.lengths:
+            self.wrapper = _plan(slots, lengths, query, dtype, sm_scale)
+            self.lengths = lengths
+        return self.wrapper
+
+    def _room(self, needed: int, device: torch.device, kept: int = 0) -> Tensor:
+        """Slots enough, the first `kept` as they were. A plan goes with the slots it was made over."""
+        if self.slots is None or len(self.slots) < needed:
+            slots = torch.empty(needed, dtype=torch.int32, device=device)
+            if self.slots is not None:
+                slots[:kept] = self.slots[:kept]
+            self.slots, self.lengths = slots, []
+        return self.slots
 
 
 @once
@@ -196,17 +214,6 @@ def _plan(slots: Tensor, lengths: list[int], query: Tensor, dtype: torch.dtype, 
         scale_mode="default" if dtype == torch.bfloat16 else "kv-per-tensor",
     )
     return wrapper
-
-
-def _lengths(indices: Tensor) -> list[int]:
-    """How many slots each query has. Waits for the device."""
-    if indices.numel() == 0:
-        return [0] * len(indices)
-    # One small kernel tells full selections, the usual ones, from those that have to be counted and packed.
-    if bool((indices.amin(-1).cpu() >= 0).all()):
-        return [indices.shape[1]] * len(indices)
-    lengths: list[int] = (indices >= 0).sum(-1).tolist()
-    return lengths
 
 
 def _grid(heads: int, processors: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ without a slot until there is one part; the padding's results are dropped. The p
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,15 @@ class FlashMLA(BF16Operands):
         heads = q_latent.shape[1]
         width = 64 if heads <= 64 else 128
         least = unsplit_queries(width, _processors(q_latent.device)) if decodes else 1
+        assembled, finished = _hands(q_latent.device)
         found = []
         for start in range(0, max(1, len(indices)), ROWS_PER_CALL):
             part = slice(start, start + ROWS_PER_CALL)
             queries = len(indices[part])
-            query = _query(q_latent[part], q_rope[part], max(queries, least), width)
+            query = assembled(q_latent[part], q_rope[part], max(queries, least), width)
             slots = _padded(indices[part], len(query), 64 if decodes else 128)
             out, lse = call(query, rows, slots, sm_scale)
-            # +inf stands for a query without a valid slot, whose output the kernels set to 0.
-            lse = lse[:queries, :heads].nan_to_num(nan=torch.nan, posinf=-torch.inf, neginf=-torch.inf)
-            found.append((out[:queries, :heads].contiguous(), lse))
+            found.append(finished(out, lse, queries, heads))
         if len(found) == 1:
             return found[0]
         outs, lses = zip(*found, strict=True)
@@ -102,10 +102,26 @@ def _prefill(query: Tensor, rows: Tensor, indices: Tensor, sm_scale: float) -> t
     return out, lse
 
 
+def _hands(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """What makes a kernel's query, and what makes an answer of its results: `_query` and `_results`, or kernels."""
+    if device.type != "cuda":
+        return _query, _results
+    from evalkit.attention.backends.kernels import packing
+
+    return packing.query, packing.results
+
+
+def _results(out: Tensor, lse: Tensor, queries: int, heads: int) -> tuple[Tensor, Tensor]:
+    """The first queries and heads alone, contiguous.
+
+    The kernels' lse of +inf stands for a query without a valid slot, whose output they set to 0.
+    """
+    lse = lse[:queries, :heads].nan_to_num(nan=torch.nan, posinf=-torch.inf, neginf=-torch.inf)
+    return out[:queries, :heads].contiguous(), lse.contiguous()
+
+
 def _query(q_latent: Tensor, q_rope: Tensor, queries: int, heads: int) -> Tensor:
     """Latent and rope side by side, [queries, heads, C + R]; what is added is 0."""
-    if q_latent.shape[:2] == (queries, heads):
-        return torch.cat([q_latent, q_rope], -1)
     width = q_latent.shape[2]
     query = q_latent.new_zeros(queries, heads, width + q_rope.shape[2])
     query[: len(q_latent), : q_latent.shape[1], :width] = q_latent

@@ -1,0 +1,1 @@
+"""Triton kernels around the backends' own; only what runs on a GPU imports them."""
