@@ -43,6 +43,7 @@ class RunConfig:
         stream: whether to hold one layer's weights at a time; "auto" does where all of them find no room.
         layers_prompt_tokens: prefilled tokens of each compared prompt.
         layers_decode_tokens: tokens then decoded one by one.
+        phase_tokens: of each compared prompt, for the comparison of phases; 0 leaves it out, as streamed weights do.
         layers_prompts: a text file to compare layers on; None generates documents.
         layers_frozen: whether candidates also run with selection and routing frozen to the reference's; None is false
             for a streamed checkpoint only.
@@ -66,6 +67,7 @@ class RunConfig:
     stream: bool | Literal["auto"] = "auto"
     layers_prompt_tokens: int = 2048
     layers_decode_tokens: int = 32
+    phase_tokens: int = 768
     layers_prompts: Path | None = None
     layers_frozen: bool | None = None
     attribution: bool = False
@@ -96,6 +98,7 @@ class RunConfig:
             )
         least = {
             "layers_prompt_tokens": 1,
+            "phase_tokens": 0,
             "layers_decode_tokens": 0,
             "attribution_documents": 1,
             "attribution_tokens": 1,

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from evalkit import environment, kv
 from evalkit.attention import backends, indexer
 from evalkit.candidate import BEST, Candidate
-from evalkit.compare import attribution, noise
+from evalkit.compare import attribution, divergence, noise, phases, ranges
 from evalkit.compare.layers import calibrate, compare, count_passes
 from evalkit.compare.state import LayerState, signature
 from evalkit.config import RunConfig
@@ -28,7 +28,7 @@ from evalkit.errors import InputError
 from evalkit.evaluate.documents import calibration_documents, generated_tokens, range_documents
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
-from evalkit.kv import Scales
+from evalkit.kv import Scales, scale_files
 from evalkit.kv.aliases import BF16_NAMES
 from evalkit.model import rescale
 from evalkit.model.load import load, resolve_checkpoint
@@ -70,6 +70,8 @@ def run(config: RunConfig, resume: Path | None = None) -> Path:
     with _told_how_to_go_on(directory):
         describe(directory, prepared)
         compare_layers(directory, prepared)
+        find_divergence(directory)
+        compare_phases(directory, prepared)
         attribute_loss(directory, prepared)
         score_tasks(directory, prepared)
         write_report(directory)
@@ -127,6 +129,8 @@ def prepare(config: RunConfig) -> Prepared:
             raise InputError(f"candidates name {candidate} twice: {requested[place]!r} is the same again")
     lm = EvalkitLM(model, candidate=candidates[0], batch_size=config.batch_size)
     documents = _documents(config, lm)
+    if config.phase_tokens and "layers" in config.stages:
+        phases.refuse_short(documents)
     if "tasks" in config.stages and config.tasks:
         refuse_long_prompts(
             lm, load_tasks(config.tasks, config.task_documents, config.seed), config.task_documents
@@ -194,6 +198,10 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
                     note=_note(candidate, scales, bool(prepared.calibration)),
                 )
             )
+            if candidate.scales == "one" and kv.get(candidate.format).uses_scales:
+                carried = scale_files.carried(prepared.checkpoint)
+                for record in ranges.missing_scales(str(candidate), model.config.num_hidden_layers, carried):
+                    write.write(record)
 
 
 def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
@@ -224,9 +232,33 @@ def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
             frozen=frozen,
             calibration=prepared.calibration,
             state=state,
+            decode=prepared.lm.tokenizer.decode,
         ):
             write.write(record)
     state.remove()
+
+
+def find_divergence(directory: RunDirectory) -> None:
+    """The first layer of each candidate whose error leaves the floor, from the records of the layers."""
+    if directory.done("layers") and not directory.done("divergence"):
+        with directory.stage("divergence") as write:
+            for record in divergence.divergences(directory.read()):
+                write.write(record)
+
+
+def compare_phases(directory: RunDirectory, prepared: Prepared) -> None:
+    """The first tokens of the same prompts again, arriving in every way that serving has."""
+    config, model = prepared.config, prepared.model
+    documents = [ids[: config.phase_tokens] for ids in prepared.documents]
+    left_out = not config.phase_tokens or model.evalkit.weights is not None
+    if "layers" not in config.stages or left_out or directory.done("phases"):
+        return
+    passes = phases.count_phase_passes(model, len(documents), prepared.candidates)
+    with directory.stage("phases") as write, progress("phases", passes) as advance:
+        for record in phases.compare_phases(
+            model, documents, prepared.candidates, scales=prepared.scales, advance=advance
+        ):
+            write.write(record)
 
 
 def attribute_loss(directory: RunDirectory, prepared: Prepared) -> None:

@@ -146,7 +146,11 @@ class RangeRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRecord(Record):
-    """KL divergence of the candidate's next-token distribution from the reference's, in nats."""
+    """KL divergence of the candidate's next-token distribution from the reference's, in nats.
+
+    Over `targets` tokens whose successor the document holds: `delta_p` is the candidate's probability of it minus the
+    reference's. Of the `disagreed` top-1s, those where the reference or the candidate names it.
+    """
 
     kind: ClassVar[str] = "kld"
     candidate: str
@@ -156,8 +160,19 @@ class TokenRecord(Record):
     kl_p50_nats: float | None
     kl_p90_nats: float | None
     kl_p99_nats: float | None
+    kl_p999_nats: float | None
     kl_max_nats: float | None
+    kl_mean_lower_nats: float | None
+    kl_mean_upper_nats: float | None
+    interval_method: str
+    documents: int
     top1_agreement: float | None
+    disagreed: int
+    reference_right: int
+    candidate_right: int
+    delta_p_mean: float | None
+    delta_p_rms: float | None
+    targets: int
     n: int
 
 
@@ -452,6 +467,9 @@ def from_values(values: object, where: str) -> Record:
 def _fits(value: object, hint: Any) -> bool:
     if isinstance(hint, UnionType):
         return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is list:
+        (item,) = get_args(hint)
+        return isinstance(value, list) and all(_fits(one, item) for one in value)
     if get_origin(hint) is dict:
         key, item = get_args(hint)
         return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())

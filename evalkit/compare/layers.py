@@ -33,14 +33,15 @@ from evalkit.compare.capture import ATTENTION_PROBES, FROZEN_PROBES, LayerPass, 
 from evalkit.compare.cells import Cell, ReferencePass
 from evalkit.compare.magnitudes import Magnitudes
 from evalkit.compare.metrics import Accumulator
-from evalkit.compare.ranges import RangeAccumulator
+from evalkit.compare.ranges import RangeAccumulator, tiles, within
 from evalkit.compare.rows import layer_record, missing_floor, range_record, token_record
 from evalkit.compare.rungs import Rungs, rungs
 from evalkit.compare.state import LayerState
 from evalkit.compare.tokens import TokenAccumulator
+from evalkit.compare.watch import Decode, Watch
 from evalkit.errors import InputError
 from evalkit.kv import RowFormat, Scales
-from evalkit.records import Record
+from evalkit.records import FloorRecord, Record
 
 LOGITS_AT_ONCE: Final = 1 << 24  # logits of one tensor held at once
 NOISE_SEED: Final = 20_240_501
@@ -61,6 +62,7 @@ def compare(
     frozen: bool = True,
     calibration: Sequence[Tensor] = (),
     state: LayerState | None = None,
+    decode: Decode | None = None,
 ) -> Iterator[Record]:
     """Every probe of every layer, for every candidate, each layer's records as soon as it is done.
 
@@ -77,9 +79,10 @@ def compare(
         calibration: documents on which to find, layer by layer, the scales of `calibrated` candidates that come
             without.
         state: keeps what goes on from layer to layer; the comparison begins after the last layer that it holds.
+        decode: token ids as text, for the tokens that lose most.
 
     Yields:
-        LayerRecord, SelectionRecord, RangeRecord, and TokenRecord at the end.
+        LayerRecord, SelectionRecord, RangeRecord and what `Watch` finds, and TokenRecord at the end.
 
     Raises:
         InputError: there is no document or no candidate, or a document is too short.
@@ -94,12 +97,16 @@ def compare(
     stream = LayerStream(
         model, documents, [*subjects, *floors], decode_tokens, advance or _nothing, calibration
     )
+    stream.watch.decode = decode or stream.watch.decode
     start = 0 if state is None else state.restore(stream)
     for _ in range(start * len(documents) * (1 + len(stream.arms))):
         stream.advance()
     for rung, measured in ((noise.KERNEL, noise.kernel_floor), (noise.SPLIT, noise.split_floor)):
         if start == 0 and floors and measured(model)[0] is None:
             yield missing_floor(rung)
+            yield FloorRecord(rung=rung, candidate=None, reason=measured(model)[1])
+    for floor in floors if start == 0 else ():
+        yield FloorRecord(rung=floor.rung, candidate=str(floor.candidate), reason="")
     for layer in range(start, model.config.num_hidden_layers):
         yield from stream.layer(layer)
         if state is not None:
@@ -175,6 +182,7 @@ class LayerStream:
         moving = [arm for arm in self.arms if arm.mode == PROPAGATED]
         self.hidden = {(arm, number): x for arm in moving for number, x in enumerate(self.inputs)}
         self.selections: dict[tuple[Arm | None, int], Tensor] = {}  # of the last layer with an indexer
+        self.watch = Watch(documents, self.prefill, model.config.index_topk)
         self.unsplit: dict[str, LayerPass] = {}  # by mode, what a kernel that splits keys is compared with
 
     def layer(self, index: int) -> list[Record]:
@@ -204,7 +212,7 @@ class LayerStream:
         for document in range(len(self.inputs)):
             ref = self.reference(index, document)
             for (_, part), accumulator in ranges.items():
-                accumulator.add(ref.run.probes[part])
+                accumulator.add(within(ref.run.probes["latent" if "latent" in part else part], part))
             isolated = None
             for cell in cells:
                 isolated = self._advance_arm(cell, document, ref, isolated)
@@ -212,6 +220,7 @@ class LayerStream:
         found: list[Record] = [record for cell in cells for record in cell.records()]
         for (candidate, part), values in ranges.items():
             found.append(range_record(candidate, index, part, values.scale, values.result()))
+        found += self.watch.layer(index, cells)
         return found
 
     def reference(self, index: int, document: int) -> ReferencePass:
@@ -323,7 +332,8 @@ class LayerStream:
             stored, scales = kv.get(subject.candidate.format), subject.scales.get(index, Scales())
             for part in PARTS:
                 if not subject.is_floor and _is_scaled(stored, part):
-                    found[str(subject.candidate), part] = RangeAccumulator(getattr(scales, part))
+                    for piece in (part, *tiles(part, stored.latent_dim)):
+                        found[str(subject.candidate), piece] = RangeAccumulator(getattr(scales, part))
         return found
 
     @torch.no_grad()
@@ -338,11 +348,15 @@ class LayerStream:
                 for phase, span in _logit_spans(ref, self.prefill[document], self.model.config.vocab_size):
                     got, wanted = (self.head(x[:, span]) for x in (self.hidden[arm, document], ref))
                     metrics.setdefault(phase, Accumulator()).add(got, wanted)
-                    tokens.setdefault(phase, TokenAccumulator()).add(got, wanted)
+                    tokens.setdefault(phase, TokenAccumulator()).add(
+                        got, wanted, self.watch.place(document, span)
+                    )
             for phase, accumulator in metrics.items():
                 yield layer_record(arm, None, phase, "logits", arm.subject.rung, accumulator.result())
                 if not arm.subject.is_floor:
                     yield token_record(arm, phase, tokens[phase].result())
+            yield from self.watch.diverged(arm, tokens)
+        yield from self.watch.end()
 
     def _last_hidden(self, arm: Arm) -> list[Tensor]:
         """What an arm's hidden states are compared with at the end, by document: see `_counterpart`."""

@@ -108,9 +108,7 @@ def compare_phases(
     Raises:
         InputError: a document is too short to be processed in so many ways.
     """
-    for number, ids in enumerate(documents):
-        if len(ids) < FEWEST_TOKENS:
-            raise InputError(f"document {number} has {len(ids)} tokens: phases take {FEWEST_TOKENS} at least")
+    refuse_short(documents)
     others = [candidate for candidate in candidates if candidate != REFERENCE]
     stream = _Stream(model, documents, others, scales or {}, advance)
     for layer in range(model.config.num_hidden_layers):
@@ -124,6 +122,20 @@ def compare_phases(
             yield from _layer_records(subject, layer, phases)
     for candidate in others:
         yield from _kl_records(candidate, stream.divergence(candidate))
+
+
+def refuse_short(documents: Sequence[Tensor]) -> None:
+    """Refuse documents that are too short.
+
+    Raises:
+        InputError: one has fewer than `FEWEST_TOKENS`.
+    """
+    for number, ids in enumerate(documents):
+        if len(ids) < FEWEST_TOKENS:
+            raise InputError(
+                f"document {number} has {len(ids)} tokens: phases take {FEWEST_TOKENS} at least, and phase_tokens=0 "
+                "leaves them out"
+            )
 
 
 def count_phase_passes(model: Any, documents: int, candidates: Sequence[Candidate]) -> int:

@@ -42,17 +42,8 @@ def from_checkpoint(path: str | Path) -> dict[int, Scales]:
             a scale; vLLM reads these at 1.0 with only a warning.
     """
     directory = Path(path)
-    layers = _layer_count(directory)
-    stored: dict[int, dict[str, float]] = {layer: {} for layer in range(layers)}
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise InputError(
-            f"{directory} holds no *.safetensors file: a checkpoint in Hugging Face layout is needed"
-        )
-    for file in files:
-        for layer, which, value in _scales_of(file):
-            if layer in stored:
-                stored[layer][which] = value
+    stored = _stored(directory)
+    layers = len(stored)
     missing = [layer for layer, scales in stored.items() if not scales.keys() & KV_SCALES]
     if missing:
         where = (
@@ -62,6 +53,31 @@ def from_checkpoint(path: str | Path) -> dict[int, Scales]:
             f"{directory} stores no attn.k_scale or attn.kv_scale for {where}: use the scales 'one' or 'calibrated'"
         )
     return {layer: _as_scales(scales) for layer, scales in stored.items()}
+
+
+def carried(path: str | Path) -> dict[int, float]:
+    """The scale of latent and rope of those layers that a checkpoint directory carries one for.
+
+    Raises:
+        InputError: as `from_checkpoint`, but for layers without a scale.
+    """
+    found = _stored(Path(path))
+    return {layer: _as_scales(scales).latent for layer, scales in found.items() if scales.keys() & KV_SCALES}
+
+
+def _stored(directory: Path) -> dict[int, dict[str, float]]:
+    """Every layer's scales by the name that a checkpoint gives them."""
+    stored: dict[int, dict[str, float]] = {layer: {} for layer in range(_layer_count(directory))}
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise InputError(
+            f"{directory} holds no *.safetensors file: a checkpoint in Hugging Face layout is needed"
+        )
+    for file in files:
+        for layer, which, value in _scales_of(file):
+            if layer in stored:
+                stored[layer][which] = value
+    return stored
 
 
 def write_scales(

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from evalkit.records import EnvironmentRecord, Record, RunDirectory, TaskRecord, only, read, write_whole
-from evalkit.report import attribution, plots, tables
+from evalkit.report import attribution, plots, tables, where
 
 
 def write(run: Path) -> Path:
@@ -30,10 +30,15 @@ def breakable(text: str) -> Markup:
     )
 
 
+def visible(text: str) -> str:
+    """A token with its spaces and line ends to be seen."""
+    return text.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5") or "(nothing)"
+
+
 def render(run: RunDirectory, records: Sequence[Record]) -> str:
     """The page as text."""
     views, losses = plots.layer_views(records), plots.loss_points(records)
-    shares = attribution.bars(records)
+    shares, places = attribution.bars(records), where.place_curves(records)
     environment = Environment(
         loader=PackageLoader("evalkit.report"),
         autoescape=True,
@@ -42,6 +47,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = breakable
+    environment.filters["visible"] = visible
     return environment.get_template("report.html.j2").render(
         name=run.path.name,
         command=run.command,
@@ -61,10 +67,28 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         ],
         folded=[table for table in (tables.ranges(records), tables.probes(records)) if table.rows],
         ending=[table for table in (tables.provenance(records), tables.environment(records)) if table.rows],
+        where=[
+            table
+            for table in (
+                where.floor_state(records),
+                where.multiples(records),
+                where.divergence(records),
+                where.amplification(records),
+                where.positions(records),
+                where.phases(records),
+                where.direction(records),
+                where.confidence(records),
+                where.missing_scales(records),
+                where.task_floor(records),
+            )
+            if table.rows
+        ],
+        places=places,
+        worst=where.worst(records),
         views=views,
         losses=losses,
         shares=shares,
         attribution=attribution.table(records),
         blame=attribution.sentences(records),
-        library=Markup(plots.library() if views or losses or shares else ""),  # noqa: S704 - plotly.js, from its own package
+        library=Markup(plots.library() if views or losses or shares or places else ""),  # noqa: S704 - plotly.js, from its own package
     )

@@ -124,7 +124,9 @@ def run(tmp_path: Path) -> RunDirectory:
     tokens = [
         TokenRecord(
             candidate=candidate, phase="decode", frozen="none", kl_mean_nats=rng.uniform(1e-4, 0.02), kl_p50_nats=1e-4,
-            kl_p90_nats=0.01, kl_p99_nats=0.1, kl_max_nats=None, top1_agreement=0.99, n=512,
+            kl_p90_nats=0.01, kl_p99_nats=0.1, kl_p999_nats=None, kl_max_nats=None, kl_mean_lower_nats=None,
+            kl_mean_upper_nats=None, interval_method="none (1 documents)", documents=1, top1_agreement=0.99, disagreed=9,
+            reference_right=4, candidate_right=3, delta_p_mean=-0.0123, delta_p_rms=0.0456, targets=511, n=512,
         )
         for candidate in CANDIDATES
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from evalkit import cli
 from evalkit.records import LayerRecord, RunDirectory, StageRecord, only
-from evalkit.report import html, markdown, plots, tables, terminal
+from evalkit.report import html, markdown, plots, tables, terminal, where
 from tests.report.conftest import layer_record
 
 
@@ -52,7 +52,7 @@ def test_every_table_stands_in_the_page_cell_by_cell(run: RunDirectory):
     records = run.read()
     page = Page(html.write(run.path).read_text(encoding="utf-8"))
     made = (
-        tables.candidates, tables.tasks, tables.rungs, tables.tokens, tables.selection, tables.scoring, tables.ranges, tables.probes,
+        tables.candidates, tables.tasks, where.amplification, where.direction, tables.rungs, tables.tokens, tables.selection, tables.scoring, tables.ranges, tables.probes,
         tables.provenance, tables.environment,
     )  # fmt: skip
     expected = [
