@@ -196,10 +196,6 @@ def _refuse_inexact(where: str, weight: Tensor, factor: Tensor) -> None:
         raise InputError(
             f"{where} is {weight.dtype}: bfloat16 and float32 have the exponents for a range profile"
         )
-    if weight.is_meta:
-        raise InputError(
-            f"{where} is on disk: only a checkpoint that is held whole can be given a range profile"
-        )
     scaled = weight * factor
     changed = int(((scaled / factor != weight) | ~torch.isfinite(scaled)).sum())
     if changed:

@@ -58,10 +58,14 @@ def measure(
         advance: called after each document, for a progress bar.
 
     Raises:
-        InputError: there is no document, or a layer stores a value that is not finite.
+        InputError: there is no document, the model's weights are not in memory, or a layer stores a value that is not finite.
     """
     if not documents or not all(len(ids) for ids in documents):
         raise InputError("ranges are measured on documents of one token or more: give at least one")
+    if any(path.kv_b_proj.weight.is_meta for path in model.evalkit.layers):
+        raise InputError(
+            "the checkpoint is read layer by layer (stream): only one that is held whole has its ranges measured or changed"
+        )
     layers = [{part: _Sums() for part in PARTS} for _ in model.evalkit.layers]
     for ids in documents:
         cache = model.evalkit.new_cache(Candidate(format="bf16", backend="reference"), {})

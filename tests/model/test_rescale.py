@@ -359,6 +359,8 @@ def test_a_layer_of_zeros_and_weights_that_cannot_take_a_factor_are_refused_with
     assert all(torch.equal(value, was[name]) for name, value in model.state_dict().items())
     with pytest.raises(InputError, match="at least one"):
         measure(model, [])
+    with pytest.raises(InputError, match="held whole"):
+        apply(graft(make_model()).to("meta"), load_profile("glm-5.2"), [ids])
     with pytest.raises(InputError, match=r"torch\.float16"):
         apply(graft(make_model().half()), load_profile("deepseek-v3.2"), [ids])
 
