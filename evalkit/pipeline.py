@@ -200,8 +200,8 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
             )
             if candidate.scales == "one" and kv.get(candidate.format).uses_scales:
                 carried = scale_files.carried(prepared.checkpoint)
-                for record in ranges.missing_scales(str(candidate), model.config.num_hidden_layers, carried):
-                    write.write(record)
+                for missing in ranges.missing_scales(str(candidate), model.config.num_hidden_layers, carried):
+                    write.write(missing)
 
 
 def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:

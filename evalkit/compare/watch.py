@@ -116,9 +116,9 @@ class Watch:
         candidate = str(arm.subject.candidate)
         if not arm.subject.is_floor:
             for phase, added in tokens.items():
-                for found in added.by_confidence():
+                for figures in added.by_confidence():
                     yield ConfidenceRecord(
-                        candidate=candidate, phase=phase, frozen=arm.frozen_name, **asdict(found)
+                        candidate=candidate, phase=phase, frozen=arm.frozen_name, **asdict(figures)
                     )
         if arm.frozen:
             return
@@ -127,10 +127,11 @@ class Watch:
             columns = (added.by_document(name) for name in ("document", "position", "kl"))
             for number, at, values in zip(*columns, strict=True):
                 pairs.setdefault(int(number[0]), []).append((at, values))
-        curves = [
-            tuple(torch.cat(part).numpy() for part in zip(*found, strict=True)) for found in pairs.values()
-        ]
-        yield self._position(arm, None, "kl", "position", curves)  # type: ignore[arg-type] -- pairs of arrays
+        curves: list[positions.Curve] = []
+        for found in pairs.values():
+            places, divergences = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+            curves.append((places, divergences))
+        yield self._position(arm, None, "kl", "position", curves)
         made = self._generated(
             [y[x >= self.prefill[number]] for number, (x, y) in zip(pairs, curves, strict=True)]
         )

@@ -22,6 +22,7 @@ from evalkit.records import (
 from evalkit.report.tables import NA, Table, interval, is_control, layer_name, number, share
 
 KERNEL = "floor:kernel"
+REFERENCE = "bf16@reference"
 FLOOR_NAMES = {
     "floor:kernel": "another kernel",
     "floor:split": "the same kernel, keys split",
@@ -130,7 +131,7 @@ def amplification(records: Sequence[Record]) -> Table:
     rows = []
     for (candidate, phase, layer, mode), alone in found.items():
         moved = found.get((candidate, phase, layer, "propagated"))
-        if mode == "isolated" and moved is not None and not is_control(candidate):
+        if mode == "isolated" and moved is not None and candidate != REFERENCE:
             both = alone.relative_l2, moved.relative_l2
             factor = both[1] / both[0] if both[0] and both[1] is not None else None
             rows.append((candidate, phase, str(layer), *map(number, both), number(factor), f"{alone.n:,}"))
@@ -178,9 +179,19 @@ def _departing(found: Sequence[PhaseRecord]) -> str:
 
 def positions(records: Sequence[Record]) -> Table:
     """Slopes over positions, and steps at top-k; those with a step first."""
+    # Where bf16's own floor has the step too, it is not the candidate's: propagated, selections flip from top-k on.
+    common = {
+        (r.layer, r.mode, r.probe, r.axis)
+        for r in only(records, PositionRecord)
+        if r.rung != "total" and r.cliff
+    }
+
+    def own(r: PositionRecord) -> bool:
+        return r.cliff is True and (r.layer, r.mode, r.probe, r.axis) not in common
+
     found = [r for r in only(records, PositionRecord) if r.rung == "total"]
-    found = sorted(_ordered(records, found), key=lambda r: r.cliff is not True)
-    steep = dict.fromkeys(r.candidate for r in found if r.cliff)
+    found = sorted(_ordered(records, found), key=lambda r: not own(r))
+    steep = dict.fromkeys(r.candidate for r in found if own(r))
     return Table(
         key="positions",
         title="By position",
@@ -192,12 +203,12 @@ def positions(records: Sequence[Record]) -> Table:
         columns=("candidate", "probe", "mode", "axis", "layer", "cliff", "below top-k", "from top-k", "slope/1,000", "95 %", "slope by", "non-finite", "n"),
         rows=tuple(
             (
-                r.candidate, r.probe, r.mode, r.axis, layer_name(r.layer), {True: f"CLIFF at {r.topk:,}", False: "no", None: NA}[r.cliff],
+                r.candidate, r.probe, r.mode, r.axis, layer_name(r.layer), f"CLIFF at {r.topk:,}" if own(r) else {True: "as a floor", False: "no", None: NA}[r.cliff],
                 number(r.below_topk_mean), number(r.above_topk_mean), number(r.slope_per_1000_tokens),
                 interval(r.slope_lower, r.slope_upper, number), r.slope_method, f"{r.nonfinite:,}", f"{r.n:,}",
             )
             for r in found
-            if not is_control(r.candidate) or r.cliff
+            if r.candidate != REFERENCE or r.cliff
         ),
         text_columns=6,
     )  # fmt: skip
@@ -239,7 +250,7 @@ def confidence(records: Sequence[Record]) -> Table:
                 r.candidate, r.phase, r.frozen, f"{r.from_p:g} to {r.to_p:g}", number(r.kl_mean_nats), share(r.disagreed_share), f"{r.n:,}",
             )
             for r in _ordered(records, only(records, ConfidenceRecord))
-            if not is_control(r.candidate)
+            if r.candidate != REFERENCE
         ),
         text_columns=4,
     )  # fmt: skip
@@ -284,7 +295,7 @@ def place_curves(records: Sequence[Record]) -> list[dict[str, Any]]:
         curves.append(
             {
                 "name": FLOOR_NAMES.get(r.rung, r.rung) if floor else r.candidate,
-                "role": "floor" if floor else "control" if is_control(r.candidate) else "candidate",
+                "role": "floor" if floor else "control" if r.candidate == REFERENCE else "candidate",
                 "index": names.index(r.candidate) if r.candidate in names else len(names),
                 "probe": r.probe,
                 "mode": r.mode,

@@ -107,6 +107,9 @@ def test_curves_stand_at_the_middle_of_their_bins_and_a_cliff_is_named():
     assert len(table.rows) == 1
     assert table.rows[0][5] == "CLIFF at 64"
     assert f"Cliff at top-k: {FP8}." in table.caption
+    both = where.positions([position("floor:noise", True), position("total", True)])
+    assert both.rows[0][5] == "as a floor"
+    assert "No cliff at top-k." in both.caption
     floor, curve = where.place_curves(records)
     assert (floor["role"], curve["role"]) == ("floor", "candidate")
     assert (curve["middle"], curve["value"], curve["n"]) == ([32, 96], [0.01, None], [64, 60])
