@@ -60,7 +60,7 @@ def generated_text(task: str, length: int, seed: int) -> str:
 
 @cache
 def _generators() -> ModuleType:
-    path, name = tasks_dir() / "documents.py", "evalkit_documents"
+    path, name = tasks_dir() / "documents" / "__init__.py", "evalkit_documents"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot load {path}")

@@ -61,7 +61,7 @@ def _training(record: dict[str, Any]) -> str:
     lines = [
         f"\n## Training\n\nOn one {record['device']}, torch {record['torch']}, with seed {record['config']['seed']}; the",
         "phases are bounded by the seconds below (`--minutes` sets them). Documents and tokenizer come from that seed and",
-        "the generators in `tasks/documents.py`.\n",
+        "the generators in `tasks/documents`.\n",
         "| run | phase | steps | tokens | seconds |",
         "|---|---|---|---|---|",
     ]

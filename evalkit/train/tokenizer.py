@@ -1,6 +1,6 @@
 """The byte-level BPE tokenizer of dsa-nano: 1,024 entries, every word of the task documents one of them.
 
-Trained on words and templates of `tasks/documents.py` alone, so that it is the same wherever it is made.
+Trained on words and templates of `tasks/documents` alone, so that it is the same wherever it is made.
 Two digits are one entry, the value of a document; any UTF-8 text is covered by the 256 byte entries.
 """
 

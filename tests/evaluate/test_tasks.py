@@ -17,12 +17,6 @@ from evalkit.evaluate.lm import Coverage
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks, tasks_dir
 from evalkit.stats.paired import compare
 
-NAMES = [
-    f"evalkit_{generator}_{length}"
-    for generator in ("needle", "multi_key", "variables", "walk", "registers")
-    for length in (1024, 2048, 4096)
-]
-
 
 class Knowing(get_model("dummy")):
     """Answers every prompt with what a table says, or with nothing."""
@@ -43,44 +37,6 @@ class Knowing(get_model("dummy")):
 @pytest.fixture
 def dummy():
     return get_model("dummy")()
-
-
-def test_every_task_file_is_a_task_of_this_project():
-    files = {path.stem for path in tasks_dir().glob("*.yaml")}
-    assert files == {*NAMES, "smoke"}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_task_renders_its_documents_and_scores_them(dummy, name):
-    (run,) = run_tasks(dummy, [name], documents=5, seed=0, candidate="bf16@reference")
-    assert [(s.task, s.doc_id, s.metric, s.filter) for s in run.samples] == [
-        (name, i, "exact_match", "answer") for i in range(5)
-    ]
-    assert [s.score for s in run.samples] == [0.0] * 5
-    assert len({s.prompt_sha256 for s in run.samples}) == 5
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_prompt_has_the_length_its_name_says_and_its_answer_fits_the_budget(name):
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(
-        str(Path(evalkit.__file__).parent / "checkpoints/dsa-nano/tokenizer.json")
-    )
-    length = int(name.rpartition("_")[2])
-    (task,) = load_tasks((name,), 5, 0)
-    for doc in task.eval_docs:
-        tokens = len(tokenizer.encode(doc["prompt"], add_special_tokens=False).ids)
-        assert 0.95 * length <= tokens <= length
-        answer = tokenizer.encode(f" {doc['answer']}.", add_special_tokens=False).ids
-        assert len(answer) <= task.config.generation_kwargs["max_gen_toks"]
-        assert not any(stop in doc["answer"] for stop in task.config.generation_kwargs["until"])
-
-
-def test_smoke_is_every_task_at_the_shortest_length():
-    assert [task.task_name for task in load_tasks(("smoke",), 2, 0)] == [
-        n for n in NAMES if n.endswith("_1024")
-    ]
 
 
 def test_a_right_answer_scores_and_pairs_with_a_wrong_one():

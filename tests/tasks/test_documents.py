@@ -6,8 +6,9 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer
 
-from evalkit.train.tokenizer import train
+from evalkit.train.tokenizer import Encoder, train
 from tasks import documents
+from tests.tasks.solver import solve
 
 CASES = [
     ("needle", {}),
@@ -17,6 +18,10 @@ CASES = [
     ("walk", {"steps": 32}),
     ("registers", {"registers": 8, "steps": 24}),
     ("registers", {"registers": 4, "steps": 32}),
+    ("second_turn", {"keys": 30}),
+    ("multi_query", {"keys": 30, "queries": 5}),
+    ("multi_value", {"keys": 6, "values": 5}),
+    ("word_count", {"words": 10, "most": 12}),
 ]
 LABELS = [" ".join([task, *(f"{k}={v}" for k, v in options.items())]) for task, options in CASES]
 each_case = pytest.mark.parametrize(("task", "options"), CASES, ids=LABELS)
@@ -27,60 +32,39 @@ def tokenizer() -> Tokenizer:
     return train()
 
 
-def solve(prompt: str) -> str:
-    """The answer, worked out anew from the prompt's text alone."""
-    context, question = prompt.split("\nAnswer:")
-    sentences = [sentence + "." for sentence in context.removeprefix("Facts:").split(".")]
-    if question.startswith((" The", " Note")):
-        (fact,) = [sentence for sentence in sentences if sentence.startswith(question + " ")]
-        return fact.removeprefix(question)
-    if question.startswith(" Let"):
-        return _solve_variables(sentences, question)
-    return _solve_trace(sentences, question)
-
-
-def _solve_variables(sentences: list[str], question: str) -> str:
-    values = dict(m.groups() for s in sentences if (m := re.fullmatch(r" Let (\w+) be (\w+)\.", s)))
-    name = re.fullmatch(r" Let (\w+) be", question)[1]
-    answer = ""
-    while True:
-        value = values[name]
-        answer += f" {value}"
-        if value.isdigit():
-            return answer + "."
-        name = value
-        answer += f" Let {name} be"
-
-
-def _solve_trace(sentences: list[str], question: str) -> str:
-    steps = {}
-    for sentence in sentences:
-        if found := re.fullmatch(r" At (\w+) (.+) then (\w+)\.", sentence):
-            assert found[1] not in steps
-            steps[found[1]] = (found[2], found[3])
-    node, registers, answer = question.removeprefix(" At "), {"": 0}, ""
-    while node != "end":
-        operation, after = steps[node]
-        *register, verb, operand = operation.split()
-        register = register[0] if register else ""
-        if verb == "add":
-            registers[register] = (registers[register] + int(operand)) % 100
-        elif verb == "set":
-            registers[register] = int(operand)
-        else:
-            assert verb == "take"
-            registers[register] = registers[operand]
-            operation += f" {registers[operand]:02d}"
-        named = f"{register} " if register else ""
-        answer += f" At {node} {operation} then {after} makes {named}{registers[register]:02d}"
-        node = after
-    return answer.removeprefix(question) + "."
-
-
 @each_case
 def test_the_target_is_what_the_facts_imply(task, options):
     for document in documents.generate(task, length=1024, count=12, seed=1, **options):
         assert solve(document.prompt) == document.target
+
+
+@pytest.mark.parametrize(
+    ("task", "turns"),
+    [("needle", 1), ("second_turn", 2), ("multi_query", 4), ("multi_value", 2), ("word_count", 3)],
+)
+def test_earlier_questions_stand_in_the_prompt_with_their_right_answers(task, turns):
+    for document in documents.generate(task, length=1024, count=6, seed=1):
+        assert len(document.queries) == turns
+        assert document.prompt.count("\nAnswer:") == turns
+        for prompt, target in document.queries:
+            assert solve(prompt) == target
+            assert (prompt + target)[: len(document.prompt)] in document.prompt + document.target
+        assert len({e.question for e in document.exchanges}) == turns
+
+
+def test_a_keys_values_are_told_in_the_documents_order():
+    document = documents.document("multi_value", 1024, 1, 0, keys=5, values=4)
+    key = document.exchanges[-1].question
+    places = [document.context.index(f"{key} {value}.") for value in document.target[1:-1].split(" then ")]
+    assert places == sorted(places)
+    assert len(places) == 4
+    assert "?" not in document.prompt
+
+
+def test_every_word_of_a_document_is_one_of_the_tokenizers():
+    encoder = Encoder(train())
+    for task, options in CASES:
+        encoder("".join(documents.document(task, 1024, 9, 0, **options).queries[-1]))
 
 
 @each_case
@@ -156,6 +140,10 @@ def test_words_are_256_and_no_template_holds_one():
         ("walk", 1024, {"steps": 0}, "steps must be a whole number from 1 to 120, not 0"),
         ("multi_key", 1024, {"keys": 180}, "does not fit into 1024 tokens: 246 too many"),
         ("walk", 4096, {"steps": 2.5}, "not 2.5"),
+        ("multi_query", 1024, {"keys": 3}, "4 different keys are asked for, keys is 3"),
+        ("multi_value", 1024, {"keys": 1}, "another is asked; keys is 1"),
+        ("word_count", 1024, {"words": 2}, "a third is asked; words is 2"),
+        ("word_count", 384, {"words": 40, "most": 20}, "does not fit into 384 tokens"),
     ],
 )
 def test_what_cannot_be_made_is_refused(task, length, options, message):
