@@ -52,6 +52,7 @@ class RunConfig:
         attribution_tokens: how many of their first tokens.
         tasks: names of tasks to score; empty scores none.
         task_documents: documents of each task, the same for every candidate.
+        data: a folder for tasks that read files, as docs/tasks.md names them.
         batch_size: documents scored together.
         seed: of every random choice.
         stages: what a run does of `layers` and `tasks`.
@@ -75,6 +76,7 @@ class RunConfig:
     attribution_tokens: int = 1024
     tasks: tuple[str, ...] = ()
     task_documents: int = 24
+    data: Path | None = None
     batch_size: int = 8
     seed: int = 0
     stages: tuple[str, ...] = STAGES
@@ -128,6 +130,10 @@ class RunConfig:
         config = cls(**values)
         if config.layers_prompts is not None:
             _refuse_unreadable(config.layers_prompts)
+        if config.data is not None and not config.data.is_dir():
+            raise InputError(
+                f"data is {config.data}, which is no folder: name the one that holds the tasks' files"
+            )
         _refuse_unwritable(config.out)
         return config
 

@@ -132,9 +132,8 @@ def prepare(config: RunConfig) -> Prepared:
     if config.phase_tokens and "layers" in config.stages:
         phases.refuse_short(documents)
     if "tasks" in config.stages and config.tasks:
-        refuse_long_prompts(
-            lm, load_tasks(config.tasks, config.task_documents, config.seed), config.task_documents
-        )
+        tasks = load_tasks(config.tasks, config.task_documents, config.seed, config.data)
+        refuse_long_prompts(lm, tasks, config.task_documents)
     # Before calibration: scales are for the ranges that are stored.
     texts = range_documents(lm.tok_encode, lm.max_length)
     with progress("ranges", 0 if profile.is_native else 2 * len(texts)) as advance:
@@ -299,7 +298,8 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
             prepared.model, candidate=candidate, scales=prepared.scales[candidate], batch_size=batch_size
         )
         with directory.stage(stage) as write:
-            for scored in run_tasks(lm, config.tasks, config.task_documents, config.seed, candidate=name):
+            asked = (config.tasks, config.task_documents, config.seed)
+            for scored in run_tasks(lm, *asked, candidate=name, data=config.data):
                 for sample in scored.samples:
                     write.write(sample)
                 if against is not None:

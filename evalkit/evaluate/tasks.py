@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MARKER = "lm_eval_docs.py"
 # Names that begin so are in tasks/ or nowhere.
 PREFIX = "evalkit"
+# Groups of tasks/ whose names end so hold lm-eval's own tasks.
+HUB = "_hub"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,9 @@ def tasks_dir() -> Path:
     )
 
 
-def run_tasks(lm: LM, names: Sequence[str], documents: int, seed: int, *, candidate: str) -> list[TaskRun]:
+def run_tasks(
+    lm: LM, names: Sequence[str], documents: int, seed: int, *, candidate: str, data: Path | None = None
+) -> list[TaskRun]:
     """Score `documents` documents of each task (groups and tags count as their tasks), one task after the other.
 
     Documents depend on the task, `documents` and `seed` alone, and so do the batches: each candidate is asked the
@@ -82,6 +86,7 @@ def run_tasks(lm: LM, names: Sequence[str], documents: int, seed: int, *, candid
         documents: how many of each, the first ones where a task has a fixed set.
         seed: for generated documents.
         candidate: the name its samples carry.
+        data: the folder of tasks that read files.
 
     Raises:
         InputError: an unknown task, fewer documents than asked for, or a metric that is no number for a document.
@@ -89,11 +94,16 @@ def run_tasks(lm: LM, names: Sequence[str], documents: int, seed: int, *, candid
     """
     if documents < 1:
         raise InputError(f"{documents} documents: want at least 1")
-    return [_run(lm, task, documents, candidate) for task in load_tasks(tuple(names), documents, seed)]
+    tasks = load_tasks(tuple(names), documents, seed, data)
+    for task in tasks:
+        task.set_fewshot_seed(seed=seed)  # drawn examples, too, are the same for every candidate
+    return [_run(lm, task, documents, candidate) for task in tasks]
 
 
 @lru_cache(maxsize=4)
-def load_tasks(names: tuple[str, ...], documents: int, seed: int) -> tuple[Task, ...]:
+def load_tasks(
+    names: tuple[str, ...], documents: int, seed: int, data: Path | None = None
+) -> tuple[Task, ...]:
     """The tasks that the names stand for, with their documents.
 
     Raises:
@@ -103,7 +113,8 @@ def load_tasks(names: tuple[str, ...], documents: int, seed: int) -> tuple[Task,
         if names.count(name) > 1:
             raise InputError(f"task {name} is asked for {names.count(name)} times: once is right")
     with _quiet_lm_eval():
-        manager = _manager(names, {"documents": documents, "seed": seed})
+        folder = {} if data is None else {"data": str(data)}
+        manager = _manager(names, {"documents": documents, "seed": seed} | folder)
         try:
             tasks: list[Task] = list(manager.load(list(names))["tasks"].values())
         except ValueError as error:
@@ -122,7 +133,7 @@ def load_tasks(names: tuple[str, ...], documents: int, seed: int) -> tuple[Task,
 def _manager(names: Sequence[str], metadata: dict[str, Any]) -> TaskManager:
     """Knows lm-eval's thousands of tasks only if needed: reading them takes seconds."""
     ours = TaskManager(include_path=str(tasks_dir()), include_defaults=False, metadata=metadata)
-    if all(name in ours.all_tasks for name in names):
+    if all(name in ours.all_tasks and not name.endswith(HUB) for name in names):
         return ours
     for name in names:
         if name.startswith(PREFIX):
