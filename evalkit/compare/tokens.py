@@ -98,7 +98,8 @@ def kl_nats(got: Tensor, ref: Tensor) -> Tensor:
 
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0, also for a masked token
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)  # 0 log 0 is 0, also for a masked token
+    return kl.clamp(min=0)  # rounding alone takes it below
 
 
 @dataclass
