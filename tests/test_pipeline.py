@@ -20,8 +20,12 @@ from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS
 from evalkit.model.load import EMBEDDED
 from evalkit.records import (
     CandidateRecord,
+    DivergenceRecord,
     EnvironmentRecord,
     LayerRecord,
+    MissingScaleRecord,
+    PhaseRecord,
+    PositionRecord,
     RangeRecord,
     Record,
     RunDirectory,
@@ -29,6 +33,7 @@ from evalkit.records import (
     StageRecord,
     TaskRecord,
     TokenRecord,
+    WorstTokenRecord,
     only,
     read_samples,
 )
@@ -90,9 +95,9 @@ def without_times(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def test_every_stage_is_recorded_in_its_order(run: RunDirectory):
-    assert stages(run)[:2] == ["environment", "layers"]
-    assert set(stages(run)[2:4]) == {f"tasks {name}" for name in (CANDIDATES[0], CONTROL)}
-    assert stages(run)[4:] == [*(f"tasks {name}" for name in CANDIDATES[1:]), "report"]
+    assert stages(run)[:4] == ["environment", "layers", "divergence", "phases"]
+    assert set(stages(run)[4:6]) == {f"tasks {name}" for name in (CANDIDATES[0], CONTROL)}
+    assert stages(run)[6:] == [*(f"tasks {name}" for name in CANDIDATES[1:]), "report"]
 
 
 def test_records_of_every_kind_are_there_for_every_candidate(run: RunDirectory):
@@ -107,6 +112,9 @@ def test_records_of_every_kind_are_there_for_every_candidate(run: RunDirectory):
     assert {r.mode for r in layers} == {"isolated", "propagated"}
     assert {r.rung for r in layers} >= {"total", "format", "kernel"}
     assert {r.layer for r in layers} == {None, 0, 1}
+    for kind in (PhaseRecord, DivergenceRecord, PositionRecord, WorstTokenRecord):
+        assert {CANDIDATES[-1]} <= {r.candidate for r in only(records, kind)}, kind
+    assert {r.candidate for r in only(records, MissingScaleRecord)} == {c for c in CANDIDATES if ":one" in c}
 
 
 def test_bf16_differs_from_itself_nowhere_and_fp8_does(run: RunDirectory):
@@ -236,7 +244,7 @@ def test_layers_alone_go_on_as_layers_alone(config: RunConfig, tmp_path: Path):
     alone = config.with_values(stages=("layers",), candidates=("bf16@reference",), out=tmp_path)
     assert RunConfig.from_json(RunDirectory(pipeline.run(alone)).config) == alone
     (path,) = tmp_path.iterdir()
-    assert stages(RunDirectory(path)) == ["environment", "layers", "report"]
+    assert stages(RunDirectory(path)) == ["environment", "layers", "divergence", "phases", "report"]
 
 
 @pytest.mark.parametrize("candidate", ["fp8_e4m4@reference", "fp8_e4m3@referense"])
