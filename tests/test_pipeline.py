@@ -19,6 +19,7 @@ from evalkit.errors import InputError
 from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS
 from evalkit.model.load import EMBEDDED
 from evalkit.records import (
+    AttributionRecord,
     CandidateRecord,
     DivergenceRecord,
     EnvironmentRecord,
@@ -245,6 +246,22 @@ def test_layers_alone_go_on_as_layers_alone(config: RunConfig, tmp_path: Path):
     assert RunConfig.from_json(RunDirectory(pipeline.run(alone)).config) == alone
     (path,) = tmp_path.iterdir()
     assert stages(RunDirectory(path)) == ["environment", "layers", "divergence", "phases", "report"]
+
+
+def test_attribution_is_a_stage_of_its_own_over_the_first_tokens(config: RunConfig, tmp_path: Path):
+    asked = config.with_values(
+        stages=("layers",),
+        attribution=True,
+        attribution_tokens=40,
+        candidates=("bf16@reference", "fp8_ds_mla@reference"),
+        out=tmp_path,
+    )
+    done = RunDirectory(pipeline.run(asked))
+    assert stages(done) == ["environment", "layers", "divergence", "phases", "attribution", "report"]
+    found = only(done.read(), AttributionRecord)
+    assert {(r.candidate, r.n) for r in found if r.layer is None} == {("fp8_ds_mla@reference", 40)}
+    assert {r.squared_relative_l2 for r in found if r.layer is not None and r.component == "rope"} >= {0.0}
+    assert "comes from the stored latent" in (done.path / "summary.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("candidate", ["fp8_e4m4@reference", "fp8_e4m3@referense"])

@@ -23,6 +23,7 @@ from evalkit.kv import Scales
 from evalkit.kv.base import formats
 from evalkit.kv.bf16 import Bf16
 from evalkit.kv.scales import ReadScale
+from evalkit.model.load import load, resolve_checkpoint
 from evalkit.records import AttributionRecord, LayerRecord, TokenRecord, only, to_line
 
 CALIBRATED = Candidate.parse("fp8_e4m3:calibrated@reference")
@@ -324,3 +325,27 @@ def test_documents_and_scales_that_do_not_fit_are_refused(model: Any, documents:
     with pytest.raises(InputError, match="needs the scales of every layer"):
         next(attribute(model, documents, [CALIBRATED]))
     assert attribution.attributed([REFERENCE, DS_MLA]) == [DS_MLA]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "text", ["fp8_e4m3:one@flashinfer+index=fp8", "fp8_ds_mla@flashmla", "fp8_e4m3:one@emulated"]
+)
+def test_on_a_gpu_the_controls_hold_for_kernels(text: str):
+    """All components together are exact attention on the rows that the kernel wrote, read with its rounding."""
+    on_gpu = load(resolve_checkpoint("dsa-nano"), "bf16@reference", device="cuda")
+    try:
+        candidate = on_gpu.evalkit.resolve(text)
+    except InputError as refusal:
+        pytest.skip(str(refusal))
+    ids = torch.randint(5, 1000, (700,), generator=torch.Generator().manual_seed(2))
+    records = run(on_gpu, [ids], candidate)
+    assert set(squared(records, candidate, "none")) == {0.0}
+    assert divergence(records, candidate, "none", frozen=False) == 0.0
+    for apart, whole in zip(
+        squared(records, candidate, "apart"), squared(records, candidate, "all"), strict=True
+    ):
+        assert whole > 0.0
+        assert apart <= (1e-2 * whole if candidate.backend == "emulated" else 0.0)
+    if "scale_rule" in components(candidate):  # scale 1, and powers of two, survive a rounding to bf16
+        assert set(squared(records, candidate, "only", "scale_rule")) == {0.0}
