@@ -4,7 +4,7 @@ Every mixture of `mixing.components` that this needs runs over the same document
 by layer on the reference's input: the squared relative L2 of the attention output, in which independent errors add.
 Propagated through the whole model, with selection and routing free and frozen to the reference's: the mean KL divergence
 of the next token in nats. The interaction is what all components do together less the sum of what each does alone: with
-independent errors it is zero. Free, it is mostly flips of selection and routing, which the smallest error starts.
+independent errors it is zero. Free, flips of selection and routing, which a small error starts, enlarge it.
 
 Two controls: with no component enabled all is the reference's, to the last bit; with all of them the attention is exact
 attention on the candidate's own rows (for `emulated`, its kernel's output), and `apart` is how far it is from that.

@@ -104,7 +104,7 @@ def table(records: Sequence[Record]) -> Table:
             "Each component alone, the rest as the reference has it, and everything but that component. Relative L2 of the "
             "attention output on the reference's input, at the component's worst layer; shares there are of the squared error. KL of "
             "the next token in nats, with selection and routing frozen to the reference's and free. Interaction is what all do "
-            "together less the sum of each alone; free, small errors start the same flips, and parts add up to more than the whole."
+            "together less the sum of each alone; free, flips of selection and routing enlarge it either way."
             + tokens
         ),
         columns=(
