@@ -56,6 +56,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def run(
     config: Config = None,
     set_: Set = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The policy the run is for, stored before anything is scored."),
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run, from its last whole stage.")
     ] = None,
@@ -64,11 +68,13 @@ def run(
 
     Example: evalkit run --config configs/eval-fp8.toml --set task_documents=48
     """
-    if resume is not None and (config is not None or set_):
+    if resume is not None and (config is not None or set_ or policy is not None):
         raise InputError(
-            f"--resume {resume} takes its configuration from the run: give neither --config nor --set"
+            f"--resume {resume} takes its configuration from the run: give neither --config nor --set nor --policy"
         )
     asked = _resumed(resume) if resume is not None else RunConfig.load(config, set_ or ())
+    if policy is not None:
+        asked = asked.with_values(policy=policy)
     from evalkit import pipeline
 
     print(pipeline.run(asked, resume))
@@ -324,6 +330,52 @@ def synth(
     config = synth_config(dims, layers, changes_of(set_ or ()), dtype)
     with progress("MB", synth_bytes(config) // 1_000_000) as advance:
         print(synth(out, config, seed, advance=advance))
+
+
+@app.command()
+def gate(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    policy: Annotated[Path, typer.Option(metavar="FILE", help="What to judge by.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Another run, to take the baselines' samples from.")
+    ] = None,
+) -> None:
+    """Judge a finished run. Exit 0 NON-INFERIOR, 10 WORSE, 11 INCONCLUSIVE, 12 ANOMALOUS.
+
+    Example: evalkit gate runs/2026-01-31T12-00-00Z-run --policy tasks/policies/default.toml
+    """
+    from evalkit.gate import policy as policies
+    from evalkit.gate import verdict
+    from evalkit.report import html, junit, markdown, terminal
+
+    judgement = verdict.judge(run, policies.load(policy), against)
+    verdict.store(run, judgement)
+    terminal.show_verdicts(run)
+    for write in (markdown.write, html.write, junit.write):
+        print(write(run))
+    raise typer.Exit(judgement.exit_code)
+
+
+@app.command()
+def plan(
+    policy: Annotated[Path, typer.Argument(help="A policy.")],
+    discordance: Annotated[
+        float | None, typer.Option(help="Share of documents whose outcome differs, as 0.02.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="A run, to measure discordance and seconds by.")
+    ] = None,
+) -> None:
+    """Say how many documents, and how many hours, a policy's decision needs.
+
+    Example: evalkit plan tasks/policies/default.toml --discordance 0.02
+    """
+    from evalkit.gate import planning
+    from evalkit.gate import policy as policies
+
+    asked = policies.load(policy)
+    for line in planning.words(asked, planning.plan(asked, discordance, run)):
+        print(line)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -54,6 +54,7 @@ class RunConfig:
         task_documents: documents of each task, the same for every candidate.
         data: a folder for tasks that read files, as docs/tasks.md names them.
         batch_size: documents scored together.
+        policy: the policy that the run is for, stored before anything is scored; its planted damage is scored too.
         seed: of every random choice.
         stages: what a run does of `layers` and `tasks`.
         out: the directory of runs.
@@ -78,6 +79,7 @@ class RunConfig:
     task_documents: int = 24
     data: Path | None = None
     batch_size: int = 8
+    policy: Path | None = None
     seed: int = 0
     stages: tuple[str, ...] = STAGES
     out: Path = Path("runs")

@@ -28,6 +28,9 @@ from evalkit.errors import InputError
 from evalkit.evaluate.documents import calibration_documents, generated_tokens, range_documents
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
+from evalkit.gate.evidence import damage_arm
+from evalkit.gate.policy import Policy
+from evalkit.gate.policy import load as load_policy
 from evalkit.kv import Scales, scale_files
 from evalkit.kv.aliases import BF16_NAMES
 from evalkit.model import rescale
@@ -40,6 +43,7 @@ from evalkit.progress import progress
 from evalkit.records import (
     CandidateRecord,
     EnvironmentRecord,
+    PolicyRecord,
     ProfileRecord,
     RunDirectory,
     SampleRecord,
@@ -90,6 +94,7 @@ class Prepared:
     """
 
     config: RunConfig
+    policy: Policy | None
     checkpoint: Path
     model: Any
     ranges: Sequence[ProfileRecord]
@@ -108,6 +113,7 @@ def prepare(config: RunConfig) -> Prepared:
         InputError: a checkpoint, candidate, prompt or task is not usable; nothing has been written.
     """
     checkpoint = resolve_checkpoint(config.checkpoint)
+    policy = None if config.policy is None else load_policy(config.policy)
     requested = _requested(config)
     profile = load_profile(config.profile)
     if config.stages == ("tasks",) and not config.tasks:
@@ -146,6 +152,7 @@ def prepare(config: RunConfig) -> Prepared:
     scales = {candidate: _scales(candidate, checkpoint, model, calibration) for candidate in candidates}
     return Prepared(
         config=config,
+        policy=policy,
         checkpoint=checkpoint,
         model=model,
         ranges=[rescale.record(profile, one) for one in given],
@@ -172,6 +179,8 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
         return
     with directory.stage("environment") as write:
         write.write(now)
+        if (policy := prepared.policy) is not None:
+            write.write(PolicyRecord(name=policy.name, sha256=policy.sha256, text=policy.to_json()))
         for record in prepared.ranges:
             write.write(record)
         for requested, candidate in zip(prepared.requested, prepared.candidates, strict=True):
@@ -189,6 +198,7 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
                     kernel=f"{backend.kernel_on(model.device)}; index scores: {scorer}",
                     index=candidate.index,
                     read=candidate.read,
+                    heads=model.config.num_attention_heads,
                     row_bytes_per_token=kv.get(candidate.format).row_bytes,
                     bytes_per_token_read_back=bytes_per_token(
                         model, lambda c=candidate, s=scales: _cache(prepared, c, s)
@@ -287,15 +297,22 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
         return
     size = max(1, config.batch_size // 2)
     control = f"{baseline}, batches of {size}"
-    arms = [(control, baseline, size, None), (str(baseline), baseline, config.batch_size, control)]
-    arms += [(str(other), other, config.batch_size, str(baseline)) for other in prepared.candidates[1:]]
+    arms = [(control, baseline, size, None, 0.0), (str(baseline), baseline, config.batch_size, control, 0.0)]
+    if prepared.policy is not None:
+        dose = prepared.policy.damage.noise
+        arms.append((damage_arm(str(baseline), dose), baseline, config.batch_size, None, dose))
+    arms += [(str(other), other, config.batch_size, str(baseline), 0.0) for other in prepared.candidates[1:]]
     topk = prepared.model.config.index_topk
-    for name, candidate, batch_size, against in arms:
+    for name, candidate, batch_size, against, damage in arms:
         stage = f"tasks {name}"
         if directory.done(stage):
             continue
         lm = EvalkitLM(
-            prepared.model, candidate=candidate, scales=prepared.scales[candidate], batch_size=batch_size
+            prepared.model,
+            candidate=candidate,
+            scales=prepared.scales[candidate],
+            batch_size=batch_size,
+            damage=damage,
         )
         with directory.stage(stage) as write:
             asked = (config.tasks, config.task_documents, config.seed)
@@ -354,6 +371,8 @@ def _refuse_other(directory: RunDirectory, now: EnvironmentRecord, prepared: Pre
     for table in ("packages", "flags"):
         old, new = getattr(then, table), getattr(now, table)
         facts += [(key, old.get(key), new.get(key)) for key in {**old, **new}]
+    stored = {"policy": next((r.sha256 for r in only(directory.read(), PolicyRecord)), None)}
+    facts.append(("policy", stored["policy"], None if prepared.policy is None else prepared.policy.sha256))
     facts.append(("candidates", ", ".join(names), ", ".join(map(str, prepared.candidates))))
     was, is_now = (
         ", ".join({one.sha256 for one in found}) or "none"
@@ -478,4 +497,5 @@ def _task_records(
             wall_s=scored.wall_s,
             mean_context_tokens=scored.mean_context_tokens,
             share_over_topk=scored.share_over(topk),
+            share_stored_rows=scored.share_stored,
         )

@@ -77,6 +77,7 @@ class CandidateRecord(Record):
     kernel: str
     index: str
     read: str
+    heads: int
     row_bytes_per_token: int
     bytes_per_token_read_back: int | None
     requested: str
@@ -387,11 +388,16 @@ class TaskRecord(Record):
     wall_s: float
     mean_context_tokens: float | None
     share_over_topk: float | None
+    share_stored_rows: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRecord(Record):
-    """One document's answer; it lies in samples/, not in records.jsonl."""
+    """One document's answer; it lies in samples/, not in records.jsonl.
+
+    `truncated`: it ended at its length limit instead of a stop. Both it and `generated_tokens` are None where nothing
+    was generated.
+    """
 
     kind: ClassVar[str] = "sample"
     candidate: str
@@ -402,7 +408,39 @@ class SampleRecord(Record):
     filter: str
     metric: str
     score: float
+    generated_tokens: int | None
+    truncated: bool | None
     response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRecord(Record):
+    """The policy that a run was made for, written before anything was scored; `text` is all of it, as JSON."""
+
+    kind: ClassVar[str] = "policy"
+    name: str
+    sha256: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictRecord(Record):
+    """One check of one candidate under a policy; `check` is `overall`, `candidate` or the name of what was looked at.
+
+    `post_hoc`: the run had not stored this policy. `against`: the run whose baselines it was compared with, if another.
+    """
+
+    kind: ClassVar[str] = "verdict"
+    candidate: str
+    check: str
+    verdict: str
+    reason: str
+    needs: str
+    policy: str
+    policy_sha256: str
+    post_hoc: bool
+    against: str | None
+    judged_utc: str
 
 
 @dataclass(frozen=True, kw_only=True)

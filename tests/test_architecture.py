@@ -75,6 +75,9 @@ def test_reports_and_records_are_read_without_torch_or_transformers():
         and path.name != "__init__.py"
     ]
     assert modules
-    heavy = "{'torch', 'transformers', 'lm_eval', 'datasets', 'scipy', 'numpy'} & sys.modules.keys()"
-    check = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\nassert not ({heavy}), {heavy}"
-    subprocess.run([sys.executable, "-c", check], check=True)
+    # Judging computes; scipy is enough for it.
+    for some, allowed in ((modules, {"scipy", "numpy"}), ([m for m in modules if ".gate." not in m], set())):
+        names = {"torch", "transformers", "lm_eval", "datasets", "scipy", "numpy"} - allowed
+        heavy = f"{names} & sys.modules.keys()"
+        check = f"import importlib, sys\nfor name in {some}: importlib.import_module(name)\nassert not ({heavy}), {heavy}"
+        subprocess.run([sys.executable, "-c", check], check=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from evalkit.errors import InputError
+from evalkit.evaluate.damage import damaging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,12 +41,18 @@ GREEDY_KWARGS = {"do_sample", "max_gen_toks", "temperature", "until"}
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """How much context the scored (generated or continuation) tokens of one request had."""
+    """How much context the scored (generated or continuation) tokens of one request had.
+
+    stored: whether their attention read rows of a candidate's cache.
+    truncated: whether a generation ended at its length limit; None where nothing was generated.
+    """
 
     task: str | None
     doc_id: int | None
     context_tokens: int
     scored_tokens: int
+    stored: bool = False
+    truncated: bool | None = None
 
     def over(self, topk: int) -> int:
         """Scored tokens with more than topk tokens before them: those whose attention had to select."""
@@ -89,6 +96,7 @@ class EvalkitLM(TemplateLM):
         candidate: what to load the checkpoint with; with a loaded model, what its caches hold instead of its own.
         scales: layer to `Scales`, as `evalkit.load` takes them.
         tokenizer: needed when a loaded model does not name its checkpoint.
+        damage: size of the planted damage, see `evalkit.evaluate.damage`; 0 is none.
         max_length: longest context plus scored or generated tokens; the model's own by default.
 
     Raises:
@@ -105,6 +113,7 @@ class EvalkitLM(TemplateLM):
         max_length: int | str | None = None,
         scales: Mapping[int, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        damage: float = 0.0,
     ) -> None:
         super().__init__()
         self.batch_size = _positive("batch_size", batch_size)
@@ -128,6 +137,8 @@ class EvalkitLM(TemplateLM):
                 raise InputError(
                     f"candidate {candidate} needs a model from evalkit.load, not plain transformers"
                 )
+        if damage:
+            self._new_cache = damaging(self._new_cache, damage)
         self.tokenizer = tokenizer or _tokenizer(self.model.config._name_or_path)
         words, rows = len(self.tokenizer), int(self.model.config.vocab_size)
         if words > rows:
@@ -262,7 +273,12 @@ class EvalkitLM(TemplateLM):
                     for i, ids in zip(batch, self._generate([prompts[i] for i in batch]), strict=True):
                         text = self.tokenizer.decode(ids, skip_special_tokens=True)
                         texts[i] = postprocess_generated_text(text, prompts[i].until, think_end_token=None)
-                        self._cover(prompts[i].label, len(prompts[i].ids), len(ids))
+                        self._cover(
+                            prompts[i].label,
+                            len(prompts[i].ids),
+                            len(ids),
+                            not self._stopped(prompts[i], ids),
+                        )
                     bar.update(len(batch))
         return texts
 
@@ -331,7 +347,11 @@ class EvalkitLM(TemplateLM):
             mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
 
     def _ended(self, prompt: _Prompt, ids: list[int]) -> bool:
-        if len(ids) == prompt.max_new or ids[-1] in self._stop_ids:
+        return len(ids) == prompt.max_new or self._stopped(prompt, ids)
+
+    def _stopped(self, prompt: _Prompt, ids: list[int]) -> bool:
+        """Whether the last token ended the text, or completed a stop string."""
+        if ids[-1] in self._stop_ids:
             return True
         if not prompt.until:
             return False
@@ -393,13 +413,17 @@ class EvalkitLM(TemplateLM):
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
-    def _cover(self, label: _Label, context_tokens: int, scored_tokens: int) -> None:
+    def _cover(
+        self, label: _Label, context_tokens: int, scored_tokens: int, truncated: bool | None = None
+    ) -> None:
         self.coverage.append(
             Coverage(
                 task=label.task,
                 doc_id=label.doc_id,
                 context_tokens=context_tokens,
                 scored_tokens=scored_tokens,
+                stored=hasattr(self.model, "evalkit"),
+                truncated=truncated,
             )
         )
 

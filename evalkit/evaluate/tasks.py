@@ -55,6 +55,12 @@ class TaskRun:
         scored = sum(span.scored_tokens for span in self.coverage)
         return sum(span.over(topk) for span in self.coverage) / scored if scored else None
 
+    @property
+    def share_stored(self) -> float | None:
+        """Share of scored tokens whose attention read stored rows."""
+        scored = sum(span.scored_tokens for span in self.coverage)
+        return sum(span.scored_tokens for span in self.coverage if span.stored) / scored if scored else None
+
 
 def tasks_dir() -> Path:
     """Where the task files are: the checkout's tasks/, or the copy inside an installed wheel.
@@ -159,7 +165,8 @@ def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
         results = evaluate(lm, {"tasks": {name: task}}, limit=documents, bootstrap_iters=0)
     wall_s = time.perf_counter() - started
     rows = results["samples"][name]
-    samples = tuple(_samples(candidate, name, rows))
+    covered = tuple(coverage[before:])
+    samples = tuple(_samples(candidate, name, rows, covered))
     # Counted, since lm-eval itself only warns when it loses one.
     for kept in {row["filter"] for row in rows} or {"any"}:
         seen = {row["doc_id"] for row in rows if row["filter"] == kept}
@@ -167,11 +174,15 @@ def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
             raise RuntimeError(
                 f"{name}, filter {kept}: {len(seen)} documents came back, {documents} were asked for"
             )
-    return TaskRun(task=name, samples=samples, coverage=tuple(coverage[before:]), wall_s=wall_s)
+    return TaskRun(task=name, samples=samples, coverage=covered, wall_s=wall_s)
 
 
-def _samples(candidate: str, task: str, rows: list[dict[str, Any]]) -> Iterator[SampleRecord]:
+def _samples(
+    candidate: str, task: str, rows: list[dict[str, Any]], coverage: Sequence[Coverage]
+) -> Iterator[SampleRecord]:
+    generated = {span.doc_id: span for span in coverage if span.truncated is not None}
     for row in rows:
+        span = generated.get(row["doc_id"])
         for metric in row["metrics"]:
             try:
                 score = float(row[metric])
@@ -189,6 +200,8 @@ def _samples(candidate: str, task: str, rows: list[dict[str, Any]]) -> Iterator[
                 filter=row["filter"],
                 metric=metric,
                 score=score,
+                generated_tokens=None if span is None else span.scored_tokens,
+                truncated=None if span is None else span.truncated,
                 response=str(row["filtered_resps"][0]),
             )
 

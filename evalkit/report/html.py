@@ -54,7 +54,11 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         started=run.started_utc,
         environment=next(iter(only(records, EnvironmentRecord)), None),
         documents=sorted({(r.task, r.n) for r in only(records, TaskRecord)}),
-        first=[table for table in (tables.candidates(records), tables.tasks(records)) if table.rows],
+        first=[
+            table
+            for table in (tables.verdicts(records), tables.candidates(records), tables.tasks(records))
+            if table.rows
+        ],
         more=[
             table
             for table in (

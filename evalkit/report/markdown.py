@@ -28,7 +28,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
             f"{record.checkpoint} ({record.checkpoint_sha256[:12]}) on {where}, {record.dtype}, {record.started_utc}.",
             "",
         ]
-    shown = (tables.candidates, tables.layers, tables.tasks, tables.scoring, tables.tokens)
+    shown = (tables.verdicts, tables.candidates, tables.layers, tables.tasks, tables.scoring, tables.tokens)
     for table in (make(records) for make in shown):
         if table.rows:
             lines += [f"## {table.title}", "", table.caption, "", *_rows(table), ""]

@@ -19,6 +19,7 @@ from evalkit.records import (
     StageRecord,
     TaskRecord,
     TokenRecord,
+    VerdictRecord,
     only,
 )
 
@@ -39,6 +40,29 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     text_columns: int
+
+
+def verdicts(records: Sequence[Record]) -> Table:
+    """The last judgement: overall, then each candidate with what decided and what it would take."""
+    judged = only(records, VerdictRecord)
+    last = [
+        r for r in judged if r.judged_utc == judged[-1].judged_utc and r.check in ("overall", "candidate")
+    ]
+    policy = (
+        f"Policy {last[0].policy} ({last[0].policy_sha256[:12]}), judged {last[0].judged_utc}"
+        + (", POST-HOC" if last[0].post_hoc else "")
+        + (f", against {last[0].against}" if last[0].against else "")
+        if last
+        else ""
+    )
+    return Table(
+        key="verdicts",
+        title="Verdict",
+        caption=policy,
+        columns=("candidate", "verdict", "why", "what it would take"),
+        rows=tuple((r.candidate, r.verdict, r.reason, r.needs or "nothing") for r in last),
+        text_columns=4,
+    )
 
 
 def candidates(records: Sequence[Record]) -> Table:

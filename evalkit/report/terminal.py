@@ -34,6 +34,23 @@ def show(run: Path, console: Console | None = None) -> None:
         console.print(Text(sentence))
 
 
+def show_verdicts(run: Path, console: Console | None = None) -> None:
+    """Print a run's last judgement: each verdict, its reason, and what it would take.
+
+    Raises:
+        InputError: `run` is not a run directory that this version reads.
+    """
+    console = console or Console(width=None if sys.stdout.isatty() else 132)
+    table = tables.verdicts(read(run))
+    for candidate, verdict, reason, needs in table.rows:
+        console.print(Text(f"{verdict}  {candidate}", style="bold"))
+        console.print(Text(reason))
+        if verdict != "NON-INFERIOR":
+            console.print(Text(f"It would take: {needs}", style="dim"))
+        console.print()
+    console.print(Text(table.caption, style="dim"))
+
+
 def _rich(table: Table) -> RichTable:
     made = RichTable(
         title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)

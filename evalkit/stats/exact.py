@@ -11,6 +11,7 @@ reject. Noninferiority is the lower tail (loss below the margin), "worse" the up
 """
 
 from functools import lru_cache
+from heapq import nlargest
 from math import asin, ceil, pi, sqrt
 
 import numpy as np
@@ -89,7 +90,7 @@ def critical_value(n: int, margin: float, alpha: float, tail: str = NONINFERIOR)
             if max(sizes.values()) <= HELD * alpha:
                 break
             # Raised only as far as the worst discordances ask; then every one is looked at again.
-            worst += sorted(grid, key=lambda d, at=sizes: -at[d])[:PEAKS]
+            worst += nlargest(PEAKS, sizes, key=sizes.__getitem__)
             found = _raised(n, margin, alpha, tail, found, worst)
     return found
 

@@ -223,7 +223,7 @@ def test_coverage_names_the_document_and_its_tokens(lm, ask):
     lm.loglikelihood(ask("loglikelihood", ("abc", "de")))
     lm.generate_until(ask("generate_until", ("abcd", generation(max_gen_toks=3))))
     scored, generated = lm.coverage
-    assert scored == Coverage(task="some_task", doc_id=0, context_tokens=3, scored_tokens=2)
+    assert (scored.task, scored.doc_id, scored.context_tokens, scored.scored_tokens) == ("some_task", 0, 3, 2)
     assert (generated.context_tokens, generated.scored_tokens) == (4, 3)
 
 

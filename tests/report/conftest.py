@@ -92,12 +92,12 @@ def _tasks(rng: random.Random) -> Iterator[Record]:
                 score=0.9 - loss, score_lower=0.7, score_upper=0.97, baseline_score=0.9, loss=loss,
                 loss_lower=loss - 0.11, loss_upper=loss + 0.13, interval_method="Tango", lost=None if control else 3,
                 gained=None if control else 1, mcnemar_p=None if control else 0.625, wall_s=rng.uniform(10, 30),
-                mean_context_tokens=1024.0, share_over_topk=1.0,
+                mean_context_tokens=1024.0, share_over_topk=1.0, share_stored_rows=1.0,
             )  # fmt: skip
             for doc_id in range(3):
                 yield SampleRecord(
                     candidate=candidate, task=task, doc_id=doc_id, prompt_sha256="a" * 64, target_sha256="b" * 64,
-                    filter="none", metric="exact_match", score=1.0, response="<b>blue</b>\u2028",
+                    filter="none", metric="exact_match", score=1.0, generated_tokens=4, truncated=False, response="<b>blue</b>\u2028",
                 )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _opening() -> Iterator[Record]:
         size = SIZES.get(candidate, 1152)
         yield CandidateRecord(
             candidate=candidate, format=candidate.partition("@")[0].partition(":")[0], scales="one",
-            backend=candidate.partition("@")[2], kernel="a kernel", index="model", read="native", row_bytes_per_token=size,
+            backend=candidate.partition("@")[2], kernel="a kernel", index="model", read="native", heads=4, row_bytes_per_token=size,
             bytes_per_token_read_back=size, requested="fp8 <asked>", note="",
         )  # fmt: skip
 

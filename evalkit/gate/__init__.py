@@ -1,0 +1,1 @@
+"""Judges a run by a policy, from its records alone."""

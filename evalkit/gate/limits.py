@@ -1,0 +1,103 @@
+"""A policy's limits on recorded figures."""
+
+from collections.abc import Iterator, Sequence
+from datetime import date
+from typing import Any
+
+from evalkit.errors import InputError
+from evalkit.gate.policy import Limit, Policy
+from evalkit.gate.words import Check, Verdict
+from evalkit.records import CandidateRecord, Record
+
+
+def check_limits(
+    records: Sequence[Record], candidate: CandidateRecord, policy: Policy, today: date
+) -> Iterator[Check]:
+    """One check a limit, exceptions applied.
+
+    Raises:
+        InputError: a limit selects by a value that no record of its kind has.
+    """
+    for limit in policy.limits:
+        found = _check(records, candidate.candidate, limit)
+        if found.verdict is not Verdict.NON_INFERIOR:
+            found = _excepted(found, candidate, limit, policy, today)
+        yield found
+
+
+def _check(records: Sequence[Record], candidate: str, limit: Limit) -> Check:
+    name = f"limit: {limit.name}"
+    kind = [r for r in records if r.kind == limit.kind]
+    _refuse_unknown_values(kind, limit)
+    matching = [r for r in kind if _matches(r, {**limit.where, "candidate": candidate})]
+    if not matching:
+        return Check(
+            name=name,
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"{limit.figure} was not recorded for this candidate.",
+            needs="A run that measures it.",
+        )
+    values: list[float | None] = [getattr(record, limit.value) for record in matching]
+    unknown = sum(value is None for value in values)
+    if unknown:
+        return Check(
+            name=name,
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"{limit.figure} has no value in {unknown} of {len(values)} records.",
+            needs="A run in which it can be measured.",
+        )
+    known = [value for value in values if value is not None]
+    pick, bound = (max, limit.at_most) if limit.at_most is not None else (min, limit.at_least)
+    assert bound is not None
+    worst = pick(known)
+    held = worst <= bound if limit.at_most is not None else worst >= bound
+    said = f"{limit.figure} is {worst:.3g}{_where(matching[known.index(worst)])}"
+    limited = f"{'at most' if limit.at_most is not None else 'at least'} {bound:.3g}"
+    if held:
+        return Check(name=name, verdict=Verdict.NON_INFERIOR, reason=f"{said}; {limited} is asked for.")
+    return Check(
+        name=name,
+        verdict=Verdict(limit.breach),
+        reason=f"{said}; the policy asks for {limited}.",
+        needs="A smaller figure, or an exception with a reason and a day.",
+    )
+
+
+def _excepted(found: Check, candidate: CandidateRecord, limit: Limit, policy: Policy, today: date) -> Check:
+    names = (candidate.candidate, candidate.requested)
+    for exempt in policy.exceptions:
+        if exempt.limit != limit.name or exempt.candidate not in names:
+            continue
+        if today > exempt.expires:
+            return Check(
+                name=found.name,
+                verdict=found.verdict,
+                reason=f"{found.reason} The exception for it ended on {exempt.expires}.",
+                needs=found.needs,
+            )
+        return Check(
+            name=found.name,
+            verdict=Verdict.NON_INFERIOR,
+            reason=f"{found.reason} Excepted until {exempt.expires}: {exempt.reason}",
+        )
+    return found
+
+
+def _matches(record: Record, wanted: dict[str, Any]) -> bool:
+    return all(getattr(record, name) == value for name, value in wanted.items())
+
+
+def _where(record: Record) -> str:
+    layer = getattr(record, "layer", None)
+    return "" if layer is None else f" at layer {layer}"
+
+
+def _refuse_unknown_values(kind: Sequence[Record], limit: Limit) -> None:
+    """A word that no record holds would select nothing, and nothing would pass or be missed in silence."""
+    for name, wanted in limit.where.items():
+        held = {getattr(record, name) for record in kind}
+        if kind and wanted not in held:
+            raise InputError(
+                f"policy: limit {limit.name}: no {limit.kind} record has {name} {wanted!r}; "
+                f"there are {', '.join(sorted(map(str, held)))}"
+            )

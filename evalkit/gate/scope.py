@@ -1,0 +1,78 @@
+"""Whether a run lies where its policy's verdicts hold, and whether two runs can be compared."""
+
+from collections.abc import Iterator
+
+from evalkit.gate.evidence import Evidence
+from evalkit.gate.policy import Policy
+from evalkit.gate.words import Check, Verdict
+from evalkit.records import CandidateRecord
+
+# Other differences between two runs are noted and decide nothing.
+DECIDING = ("checkpoint_sha256", "gpu", "dtype", "flags")
+NOTED = ("commit", "python", "packages")
+SAME_SETTINGS = ("profile", "batch_size")
+
+
+def check_scope(run: Evidence, candidate: CandidateRecord, policy: Policy) -> Check:
+    """At best INCONCLUSIVE outside: every reason is named."""
+    where, scope = run.environment, policy.scope
+    gpu = where.gpu or "cpu"
+    profile = str(run.config.get("profile", "native"))
+    outside = {
+        f"checkpoint {where.checkpoint} ({where.checkpoint_sha256[:12]}) is not listed": where.checkpoint_sha256
+        not in scope.checkpoints.values(),
+        f"its ranges were given by profile {profile}": profile not in scope.profiles,
+        f"{gpu} is not listed": not gpu.startswith(scope.gpus),
+        f"kernel {candidate.kernel!r} is not listed": not candidate.kernel.startswith(scope.kernels),
+        f"{candidate.heads} heads on one GPU are not listed": candidate.heads not in scope.heads,
+        "the kernel is modelled, not run": candidate.kernel.startswith("modelled"),
+        "rows were decoded for a bf16 kernel": candidate.read == "decoded",
+    }
+    reasons = [reason for reason, applies in outside.items() if applies]
+    if not reasons:
+        return Check(
+            name="scope",
+            verdict=Verdict.NON_INFERIOR,
+            reason=f"{where.checkpoint} on {gpu}, {candidate.kernel}, {candidate.heads} heads.",
+        )
+    return Check(
+        name="scope",
+        verdict=Verdict.INCONCLUSIVE,
+        reason=f"The policy does not reach here: {'; '.join(reasons)}.",
+        needs="A run within the policy's scope.",
+    )
+
+
+def differences(run: Evidence, other: Evidence) -> Iterator[tuple[str, bool]]:
+    """What differs between two runs, in words, and whether it forbids a verdict."""
+    for name in (*DECIDING, *NOTED):
+        here, there = getattr(run.environment, name), getattr(other.environment, name)
+        if isinstance(here, dict):
+            for key in sorted({**here, **there}):
+                if here.get(key) != there.get(key):
+                    yield f"{key}: {there.get(key)} there, {here.get(key)} here", name in DECIDING
+        elif here != there:
+            yield f"{name}: {there} there, {here} here", name in DECIDING
+    for name in SAME_SETTINGS:
+        if run.config.get(name) != other.config.get(name):
+            yield f"{name}: {other.config.get(name)} there, {run.config.get(name)} here", name == "profile"
+
+
+def check_comparable(run: Evidence, other: Evidence) -> Check:
+    """Whether a loss between two runs is the candidate's."""
+    found = list(differences(run, other))
+    deciding = [text for text, decides in found if decides]
+    noted = "; ".join(text for text, _ in found)
+    if deciding:
+        return Check(
+            name="comparable",
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"{other.path.name} differs in more than the candidate: {noted}.",
+            needs="Two runs of one checkpoint, dtype and GPU.",
+        )
+    return Check(
+        name="comparable",
+        verdict=Verdict.NON_INFERIOR,
+        reason=f"{other.path.name} is of the same checkpoint, dtype and GPU"
+        + (f"; it differs in {noted}." if noted else "."),
+    )

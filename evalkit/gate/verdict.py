@@ -1,0 +1,242 @@
+"""The verdict on every candidate of a run, and the one over those that a policy decides on.
+
+ANOMALOUS precedes WORSE, that INCONCLUSIVE, that NON-INFERIOR: a candidate's verdict is the first that any of its
+checks has. Reads records only, so that any run can be judged again without a GPU.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+from evalkit.gate import integrity
+from evalkit.gate.endpoints import compare
+from evalkit.gate.evidence import Evidence
+from evalkit.gate.limits import check_limits
+from evalkit.gate.losses import Compared, check_losses
+from evalkit.gate.policy import Policy
+from evalkit.gate.scope import check_comparable, check_scope
+from evalkit.gate.sensitivity import check_baseline, check_coverage, check_damage
+from evalkit.gate.words import Check, Verdict, overall
+from evalkit.records import CandidateRecord, RunDirectory, VerdictRecord, only
+from evalkit.stats.paired import PairingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One candidate with every check that was made."""
+
+    candidate: str
+    checks: tuple[Check, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        return overall(check.verdict for check in self.checks)
+
+    @property
+    def deciding(self) -> list[Check]:
+        """The checks that gave the verdict; all losses where everything passed."""
+        return [check for check in self.checks if check.verdict is self.verdict]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A run under a policy.
+
+    post_hoc: the run did not store this policy before it scored anything: whatever the candidates show, the overall
+        verdict is INCONCLUSIVE.
+    """
+
+    policy: Policy
+    candidates: tuple[Judged, ...]
+    post_hoc: bool
+    against: str | None
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.post_hoc:
+            return Verdict.INCONCLUSIVE
+        return overall(judged.verdict for judged in self.candidates)
+
+    @property
+    def exit_code(self) -> int:
+        return self.verdict.exit_code
+
+
+def judge(run: Path, policy: Policy, against: Path | None = None, today: date | None = None) -> Judgement:
+    """Judge the policy's candidates.
+
+    Args:
+        run: a run directory.
+        policy: what to judge by.
+        against: another run, to take the baselines' samples from.
+        today: for exceptions that end; by default this day, UTC.
+
+    Raises:
+        InputError: a run cannot be read, or the policy selects records by what none of them has.
+    """
+    here = Evidence.read(run)
+    there = here if against is None else Evidence.read(against)
+    day = today or datetime.now(UTC).date()
+    return Judgement(
+        policy=policy,
+        candidates=tuple(_judge(here, there, name, policy, day) for name in policy.decide),
+        post_hoc=here.policy_sha256 != policy.sha256,
+        against=None if against is None else there.path.name,
+    )
+
+
+def _judge(run: Evidence, other: Evidence, name: str, policy: Policy, today: date) -> Judged:
+    candidate = run.find(name)
+    if candidate is None:
+        missing = Check(
+            name="ran",
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"{name} is not in this run.",
+            needs="A run with it among its candidates.",
+        )
+        return Judged(candidate=name, checks=(missing,))
+    return Judged(candidate=candidate.candidate, checks=tuple(_checks(run, other, candidate, policy, today)))
+
+
+def _checks(
+    run: Evidence, other: Evidence, candidate: CandidateRecord, policy: Policy, today: date
+) -> Iterator[Check]:
+    yield check_scope(run, candidate, policy)
+    if other is not run:
+        yield check_comparable(run, other)
+    baselines = []
+    for name in policy.baselines:
+        found = other.find(name)
+        if found is not None:
+            baselines.append(found)
+            continue
+        yield Check(
+            name=f"baseline {name}",
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"The baseline {name} is not in {other.path.name}.",
+            needs="A run with it among its candidates.",
+        )
+    yield from integrity.layer_checks(run, candidate, [b for b in baselines if run.find(b.candidate)])
+    yield from check_limits(run.records, candidate, policy, today)
+    for endpoint in policy.endpoints:
+        yield from check_coverage(run, candidate.candidate, endpoint, policy)
+    compared: list[Compared] = []
+    for baseline in baselines:
+        yield from _compare(run, other, candidate, baseline, policy, compared)
+    yield from check_losses(compared, policy)
+
+
+def _compare(
+    run: Evidence,
+    other: Evidence,
+    candidate: CandidateRecord,
+    baseline: CandidateRecord,
+    policy: Policy,
+    compared: list[Compared],
+) -> Iterator[Check]:
+    """Pair every endpoint's samples into `compared`; yields what their completeness and sensitivity show."""
+    control = other.control(baseline.candidate)
+    for endpoint in policy.endpoints:
+        before, after = other.scored(baseline.candidate, endpoint), run.scored(candidate.candidate, endpoint)
+        unfinished = [
+            arm
+            for place, arm in ((other, baseline.candidate), (run, candidate.candidate))
+            if f"tasks {arm}" not in place.stages
+        ]
+        if unfinished:
+            yield Check(
+                name=f"samples: {endpoint}",
+                verdict=Verdict.INCONCLUSIVE,
+                reason=f"Tasks were not scored to their end for {', '.join(unfinished)}.",
+                needs="A run of the tasks, or `evalkit run --resume`.",
+            )
+            continue
+        arms = (baseline.candidate, candidate.candidate)
+        yield from integrity.sample_checks(run, arms, (before, after), endpoint, policy)
+        try:
+            outcome = compare(before, after, endpoint, policy)
+            again = (
+                None
+                if control is None
+                else compare(before, other.scored(control, endpoint), endpoint, policy)
+            )
+            sensitive = check_damage(other, endpoint, policy)
+        except PairingError as error:
+            yield Check(
+                name=f"samples: {endpoint}",
+                verdict=Verdict.ANOMALOUS,
+                reason=f"Samples of the arms do not pair: {error}.",
+                needs="The same documents, each once, in both arms.",
+            )
+            continue
+        if again is not None and again.p_worse <= policy.alpha:
+            yield Check(
+                name=f"control: {endpoint}",
+                verdict=Verdict.ANOMALOUS,
+                reason=f"{baseline.candidate} in other batches loses {100 * again.loss:+.1f} points against itself, above the margin.",
+                needs="A baseline that agrees with itself.",
+            )
+        in_range = check_baseline(baseline.candidate, endpoint, outcome, policy)
+        yield in_range
+        yield sensitive
+        counts = in_range.verdict is sensitive.verdict is Verdict.NON_INFERIOR
+        compared.append(
+            Compared(endpoint=endpoint, baseline=baseline.candidate, outcome=outcome, counts=counts)
+        )
+
+
+def verdict_records(judgement: Judgement, now: datetime) -> list[VerdictRecord]:
+    """A record for the overall verdict, each candidate's, and each check."""
+
+    def record(candidate: str, check: str, verdict: Verdict, reason: str, needs: str) -> VerdictRecord:
+        return VerdictRecord(
+            candidate=candidate,
+            check=check,
+            verdict=verdict.value,
+            reason=reason,
+            needs=needs,
+            policy=judgement.policy.name,
+            policy_sha256=judgement.policy.sha256,
+            post_hoc=judgement.post_hoc,
+            against=judgement.against,
+            judged_utc=now.isoformat(timespec="seconds"),
+        )
+
+    made = [record("all that decide", "overall", judgement.verdict, *_overall_words(judgement))]
+    for judged in judgement.candidates:
+        reason = " ".join(check.reason for check in judged.deciding[:2])
+        needs = " ".join(dict.fromkeys(check.needs for check in judged.deciding if check.needs))
+        if judged.verdict is Verdict.NON_INFERIOR:
+            reason = " ".join(check.reason for check in judged.checks if " against " in check.name)
+        made.append(record(judged.candidate, "candidate", judged.verdict, reason, needs))
+        made += [record(judged.candidate, c.name, c.verdict, c.reason, c.needs) for c in judged.checks]
+    return made
+
+
+def store(run: Path, judgement: Judgement) -> None:
+    """Append a judgement to the run, unless it says what the last one said."""
+    directory, records = RunDirectory(run), verdict_records(judgement, datetime.now(UTC))
+    earlier = only(directory.read(), VerdictRecord)
+    last = [r for r in earlier if r.judged_utc == earlier[-1].judged_utc] if earlier else []
+    if [_said(r) for r in last] == [_said(r) for r in records]:
+        return
+    judged = len({r.judged_utc for r in earlier})
+    with directory.stage(f"gate {judged + 1}") as write:
+        for record in records:
+            write.write(record)
+
+
+def _said(record: VerdictRecord) -> tuple[object, ...]:
+    return record.candidate, record.check, record.verdict, record.reason, record.policy_sha256, record.against
+
+
+def _overall_words(judgement: Judgement) -> tuple[str, str]:
+    if judgement.post_hoc:
+        return (
+            "POST-HOC: the run did not store this policy before it scored anything: its limits may come from the numbers.",
+            "A new run with --policy.",
+        )
+    named = [j for j in judgement.candidates if j.verdict is judgement.verdict]
+    needs = dict.fromkeys(check.needs for j in named for check in j.deciding if check.needs)
+    return f"{judgement.verdict.value} for {', '.join(j.candidate for j in named)}.", " ".join(needs)

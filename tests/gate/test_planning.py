@@ -1,0 +1,50 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evalkit import cli
+from evalkit.errors import InputError
+from evalkit.gate.planning import plan, words
+from evalkit.gate.policy import Policy
+from evalkit.stats.power import Design, planned_documents
+from tests.gate.conftest import CONTROL, scores
+
+
+def test_documents_come_from_the_discordance_given(policy: Policy):
+    (found,) = plan(policy, discordance=0.04)
+    design = Design(margin=0.05, alpha=0.05, power=0.8, discordance=0.04)
+    assert found.documents == planned_documents(design)
+    assert found.hours is None
+
+
+def test_two_endpoints_need_more_documents_each(policy: Policy, with_policy: Callable[..., Policy]):
+    (endpoint,) = policy.endpoints
+    both = plan(with_policy(endpoints=(endpoint, replace(endpoint, task="walk"))), discordance=0.04)
+    assert both[0].documents == both[1].documents
+    assert both[0].documents > plan(policy, discordance=0.04)[0].documents
+
+
+def test_a_run_measures_discordance_and_time(make_run: Callable[..., Path], policy: Policy):
+    """By hand: 12 of 400 differ; a document takes 36 s / 400 on each of control, damage, baseline and candidate."""
+    (found,) = plan(policy, run=make_run(answers={CONTROL: scores(320, 7, 5)}))
+    assert found.discordance == 0.03
+    assert found.hours == pytest.approx(0.09 * found.documents * 4 / 3600)
+    assert 0 < found.carries < 0.05
+    said = "\n".join(words(policy, [found]))
+    assert f"3.00% of documents differ (bf16@flashmla against {CONTROL}, 400 documents)" in said
+
+
+def test_without_either_the_plan_is_refused(policy: Policy):
+    with pytest.raises(InputError, match="give --discordance"):
+        plan(policy)
+
+
+def test_the_command_prints_a_line_an_endpoint(capsys: pytest.CaptureFixture[str]):
+    policies = Path(cli.__file__).parents[1] / "tasks" / "policies"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", str(policies / "deepseek-v3.2-gsm8k-5shot.toml"), "--discordance", "0.04"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "gsm8k, exact_match (flexible-extract): margin 2 points, 4.00% of documents differ (given)" in out

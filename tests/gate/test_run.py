@@ -1,0 +1,90 @@
+"""A run made for a policy: what it stores before it scores, the damage that it plants, and its verdict."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from evalkit import environment, pipeline
+from evalkit.config import RunConfig
+from evalkit.errors import InputError
+from evalkit.gate.evidence import Evidence, damage_arm
+from evalkit.gate.policy import load
+from evalkit.gate.verdict import judge
+from evalkit.model.load import EMBEDDED
+from evalkit.records import PolicyRecord, RunDirectory, StageRecord
+from tests.conftest import random_model
+
+POLICIES = Path(__file__).parents[2] / "tasks" / "policies"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    random_model(
+        vocab_size=1024,
+        num_hidden_layers=1,
+        first_k_dense_replace=1,
+        max_position_embeddings=2048,
+        index_topk=64,
+    ).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / "dsa-nano" / name, directory)
+    policy = tmp_path_factory.mktemp("policy") / "policy.toml"
+    text = (POLICIES / "default.toml").read_text()
+    (listed,) = load(POLICIES / "default.toml").scope.checkpoints.values()
+    (endpoint,) = load(POLICIES / "default.toml").endpoints
+    text = text.replace(listed, environment.sha256(directory)).replace(endpoint.task, "evalkit_needle_1024")
+    policy.write_text(text.replace('"fp8_e4m3:calibrated", ', ""))
+    return RunConfig(
+        checkpoint=str(directory), device="cpu", candidates=("bf16", "fp8_ds_mla"), layers_prompt_tokens=96,
+        layers_decode_tokens=2, tasks=("evalkit_needle_1024",), task_documents=2, batch_size=2, policy=policy,
+        out=tmp_path_factory.mktemp("out") / "runs",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(config: RunConfig) -> Path:
+    return pipeline.run(config)
+
+
+def test_the_policy_is_stored_before_anything_is_scored(run: Path, config: RunConfig):
+    kinds = [type(record) for record in RunDirectory(run).read()]
+    assert kinds.index(PolicyRecord) < kinds.index(StageRecord)
+    assert config.policy is not None
+    assert Evidence.read(run).policy_sha256 == load(config.policy).sha256
+
+
+def test_damage_is_planted_into_the_baseline_on_the_same_documents(run: Path, config: RunConfig):
+    evidence = Evidence.read(run)
+    whole, arm = evidence.damaged(0.3)
+    assert (whole, arm) == ("bf16@reference", damage_arm("bf16@reference", 0.3))
+    prompts = [
+        [s.prompt_sha256 for s in evidence.samples if s.candidate == name]
+        for name in (whole, arm, "fp8_ds_mla@reference")
+    ]
+    assert prompts[0] == prompts[1] == prompts[2]
+    assert all(s.generated_tokens is not None and s.truncated is not None for s in evidence.samples)
+
+
+def test_a_random_model_is_anomalous_for_its_answers_never_end(run: Path, config: RunConfig):
+    assert config.policy is not None
+    judgement = judge(run, load(config.policy))
+    assert not judgement.post_hoc
+    assert judgement.exit_code == 12
+    assert "cut off at their length limit" in judgement.candidates[0].deciding[0].reason
+
+
+def test_a_run_does_not_go_on_under_another_policy(run: Path, config: RunConfig):
+    assert config.policy is not None
+    before = config.policy.read_text()
+    path = run / "records.jsonl"
+    whole = path.read_text()
+    path.write_text("".join(line for line in whole.splitlines(True) if '"stage": "report"' not in line))
+    config.policy.write_text(before.replace("margin = 0.05", "margin = 0.06"))
+    try:
+        with pytest.raises(InputError, match="was begun with policy"):
+            pipeline.run(config, resume=run)
+    finally:
+        config.policy.write_text(before)
+        path.write_text(whole)
