@@ -3,12 +3,16 @@
 #   make test TORCH=torch==2.12   another torch
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv install eval-fp8 test test-gpu bench-kernels lint format report clean
+.PHONY: help venv install eval-fp8 test test-gpu nightly bench-kernels lint format report clean
 export TIMEFORMAT := took %0lR
 
 VENV    ?= .venv
 CONFIG  ?= configs/eval-fp8.toml
 ARGS    ?=
+NIGHTLY ?= configs/nightly.toml
+POLICY  ?= tasks/policies/default.toml
+HISTORY ?= history
+SITE    ?= site
 WORKERS ?= 2
 GPU     := $(shell command -v nvidia-smi)
 EXTRAS  ?= $(if $(GPU),cuda$(comma)dev,dev)
@@ -50,6 +54,17 @@ test: lint  ## ruff, mypy, and every test that needs no GPU
 
 test-gpu: $(READY)  ## the tests that need a GPU
 	@time $(PY) -m pytest -q -m gpu $(ARGS)
+
+# A night that fails is still shown: what is missing then is an alert of its own.
+nightly: $(READY)  ## run, judge, add to HISTORY, write the dashboard to SITE; fails on an alert
+	@set -o pipefail; failed=0; \
+	run=$$($(PY) -m evalkit.cli run --config $(NIGHTLY) --policy $(POLICY) $(ARGS) | tee >(cat >&2) | tail -n 1) || failed=$$?; \
+	if [ $$failed = 0 ]; then \
+	    $(PY) -m evalkit.cli gate "$$run" --policy $(POLICY) || case $$? in 10|11|12) ;; *) failed=1 ;; esac; \
+	    $(PY) -m evalkit.cli history add "$$run" --store $(HISTORY) || failed=1; \
+	fi; \
+	$(PY) -m evalkit.cli dashboard $(HISTORY) --out $(SITE) --repository . || failed=$$?; \
+	exit $$failed
 
 bench-kernels: $(READY)  ## errors and times of every format on every kernel that reads it here
 	@time $(PY) -m benchmarks.kernels $(ARGS)

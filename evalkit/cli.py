@@ -16,6 +16,7 @@ from evalkit.config import RunConfig
 from evalkit.errors import InputError
 
 BAD_INPUT = 64
+ALERT = 20
 CRASH = 70
 INTERRUPTED = 130
 CLICK_USAGE = 2
@@ -109,18 +110,109 @@ def report(
     run: Annotated[
         Path | None, typer.Argument(help="A run directory; without it, the newest under runs/.")
     ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="FILE.zip", help="Write report, records and samples as one file.")
+    ] = None,
 ) -> None:
     """Write a run's report.html and summary.md again, and print its tables.
 
     Example: evalkit report runs/2026-01-31T12-00-00Z-eval-fp8
     """
+    from evalkit.report import bundle as bundles
     from evalkit.report import html, markdown, terminal
 
     path = run if run is not None else _newest(Path("runs"))
+    if bundle is not None:
+        print(f"{bundles.write(path, bundle)}  {bundle}")
+        return
     markdown.write(path)
     page = html.write(path)
     terminal.show(path)
     print(page)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.")],
+) -> None:
+    """Write a run's records as Parquet, one file a kind.
+
+    Example: evalkit export runs/2026-01-31T12-00-00Z-eval-fp8 --out parquet
+    """
+    from evalkit.report.export import export
+
+    for path in export(run, out):
+        print(path)
+
+
+history = typer.Typer(help="Runs kept for the dashboard.", no_args_is_help=True)
+app.add_typer(history, name="history")
+Store = Annotated[Path, typer.Option(metavar="DIR", help="The history's directory.")]
+DEFAULT_STORE = Path("history")
+
+
+@history.command()
+def add(run: Annotated[Path, typer.Argument(help="A run directory.")], store: Store = DEFAULT_STORE) -> None:
+    """Add a run that has ended; again, to replace what was known of it.
+
+    Example: evalkit history add runs/2026-01-31T12-00-00Z-eval-fp8 --store history
+    """
+    from evalkit.report.history import History
+
+    print(f"{History(store, create=True).add(run).name} is in {store}")
+
+
+@history.command("list")
+def list_(store: Store = DEFAULT_STORE) -> None:
+    """List the runs, oldest first.
+
+    Example: evalkit history list --store history
+    """
+    from evalkit.report.history import History, StoredRun
+
+    for run in History(store).read(StoredRun):
+        print(
+            f"{run.started_utc}  {(run.commit_sha or 'unknown')[:8]:8}  {run.checkpoint} on {run.gpu}  {run.name}"
+        )
+
+
+@history.command()
+def prune(
+    keep: Annotated[int, typer.Option(help="How many of the newest runs stay.")], store: Store = DEFAULT_STORE
+) -> None:
+    """Remove all but the newest runs, with their reports.
+
+    Example: evalkit history prune --keep 365 --store history
+    """
+    from evalkit.report.history import History
+
+    print(f"removed {len(History(store).prune(keep))} runs")
+
+
+@app.command()
+def dashboard(
+    store: Annotated[Path, typer.Argument(help="The history's directory.")] = DEFAULT_STORE,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The site's directory.")] = Path("site"),
+    expected: Annotated[
+        float, typer.Option(metavar="HOURS", min=0, help="A run is missing after these; 0 expects none.")
+    ] = 36,
+    repository: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A git checkout, to name the commits between nights.")
+    ] = None,
+) -> None:
+    """Write the history as a static site. Exit 20 where a verdict or level changed or a run is missing.
+
+    Example: evalkit dashboard history --out site --repository .
+    """
+    from evalkit.report import dashboard
+
+    site = dashboard.write(store, out, expected_h=expected, repository=repository)
+    for alert in site.alerts:
+        print(f"evalkit: {alert}", file=sys.stderr)
+    print(site.page)
+    if site.alerts:
+        raise typer.Exit(ALERT)
 
 
 @app.command()

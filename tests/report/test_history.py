@@ -1,0 +1,227 @@
+import json
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from evalkit import cli
+from evalkit.errors import InputError
+from evalkit.records import EnvironmentRecord, LayerRecord, RunDirectory, TaskRecord, TokenRecord, only
+from evalkit.report.history import History, StoredLayer, StoredResult, StoredRun, StoredScore
+from tests.report.nights import BF16, DAMAGED, FIRST, commit_of, make_store, night_records, write_run
+
+
+def one_run(path: Path, night: int = 0, **options: object) -> Path:
+    return write_run(path, night, night_records(night, random.Random(night), **options))  # type: ignore[arg-type]
+
+
+def test_the_store_holds_what_the_records_say(tmp_path: Path):
+    run = one_run(tmp_path / "runs")
+    records = RunDirectory(run).read()
+    history = History(tmp_path / "store", create=True)
+    history.add(run)
+    (stored,) = history.read(StoredRun)
+    (environment,) = only(records, EnvironmentRecord)
+    assert (stored.name, stored.commit_sha, stored.gpu) == (run.name, environment.commit, "NVIDIA H200")
+    assert stored.started_utc == FIRST.isoformat()
+    assert json.loads(stored.packages) == environment.packages
+    results = {r.candidate: r for r in history.read(StoredResult)}
+    assert results[DAMAGED].verdict == "NON-INFERIOR"
+    assert results[BF16].verdict is None
+    assert {c: r.bytes_per_token for c, r in results.items()}[DAMAGED] == 576
+    assert [results[r.candidate].kl_nats for r in only(records, TokenRecord)] == [
+        r.kl_mean_nats for r in only(records, TokenRecord)
+    ]
+    assert {(r.candidate, r.mode, r.layer): r.relative_l2 for r in history.read(StoredLayer)} == {
+        (r.candidate, r.mode, r.layer): r.relative_l2 for r in only(records, LayerRecord)
+    }
+    assert {(r.candidate, r.task): (r.score, r.n) for r in history.read(StoredScore)} == {
+        (r.candidate, r.task): (r.score, r.n) for r in only(records, TaskRecord)
+    }
+
+
+def test_a_run_added_twice_is_one_run_wherever_it_lies(tmp_path: Path):
+    run = one_run(tmp_path / "runs")
+    history = History(tmp_path / "store", create=True)
+    first = history.add(run)
+    moved = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
+    assert history.add(moved) == first
+    assert len(history.read(StoredRun)) == 1
+    assert len(history.read(StoredScore)) == 6
+
+
+def test_adding_again_replaces_what_was_known(tmp_path: Path):
+    run = one_run(tmp_path / "runs")
+    history = History(tmp_path / "store", create=True)
+    history.add(run)
+    text = (run / "records.jsonl").read_text().replace("NON-INFERIOR", "ANOMALOUS")
+    (run / "records.jsonl").write_text(text)
+    history.add(run)
+    verdicts = {r.candidate: r.verdict for r in history.read(StoredResult)}
+    assert verdicts[DAMAGED] == "ANOMALOUS"
+
+
+def test_of_several_baselines_the_first_is_kept(tmp_path: Path):
+    records = night_records(0, random.Random(0))
+    others = [replace(r, baseline="another", loss=0.5) for r in records if isinstance(r, TaskRecord)]
+    history = History(tmp_path / "store", create=True)
+    history.add(write_run(tmp_path / "runs", 0, [*records, *others]))
+    assert {r.loss for r in history.read(StoredScore)} == {0.0}
+
+
+def test_two_gpus_on_one_night_are_two_runs(tmp_path: Path):
+    history = History(tmp_path / "store", create=True)
+    for place, gpu in enumerate(("NVIDIA H200, SM90", "NVIDIA B200, SM100")):
+        history.add(one_run(tmp_path / str(place), gpu=gpu))
+    assert len(history.read(StoredRun)) == 2
+
+
+def test_two_writers_at_once_lose_nothing(tmp_path: Path):
+    """They begin with the store's making, which both do."""
+    runs = [one_run(tmp_path / "runs", night) for night in range(16)]
+    code = (
+        "import sys; from pathlib import Path; from evalkit.report.history import History\n"
+        "sys.stdin.readline()\n"
+        "for run in sys.argv[2:]: History(Path(sys.argv[1]), create=True).add(Path(run))"
+    )
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "store"), *map(str, runs[part::2] + runs[:2])],
+            stdin=subprocess.PIPE,
+        )
+        for part in (0, 1)
+    ]
+    for writer in writers:
+        writer.stdin.write(b"\n")  # type: ignore[union-attr]
+        writer.stdin.flush()  # type: ignore[union-attr]
+    for writer in writers:
+        writer.communicate()
+    assert [writer.returncode for writer in writers] == [0, 0]
+    history = History(tmp_path / "store")
+    assert [run.name for run in history.read(StoredRun)] == [run.name for run in runs]
+    assert len(history.read(StoredScore)) == 16 * 6
+    assert len(list(history.reports.glob("*.html"))) == 16
+
+
+def test_a_writer_that_fails_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    history = make_store(tmp_path, 2)
+    before = history.read(StoredRun), history.read(StoredScore)
+    damaged = one_run(tmp_path / "more", 2)
+    monkeypatch.setattr("evalkit.report.history.TABLES", {**_tables(), StoredScore: ("missing", "run")})
+    with pytest.raises(InputError, match="cannot be used"):
+        history.add(damaged)
+    monkeypatch.undo()
+    assert (history.read(StoredRun), history.read(StoredScore)) == before
+
+
+def _tables() -> dict[type, tuple[str, str]]:
+    from evalkit.report.history import TABLES
+
+    return TABLES
+
+
+def test_reports_share_one_plotly(run: RunDirectory, tmp_path: Path):
+    from evalkit.report import html, plots
+
+    html.write(run.path)
+    with run.stage("report"):
+        pass
+    history = History(tmp_path / "store", create=True)
+    stored = history.add(run.path)
+    (library,) = history.reports.glob("plotly-*.js")
+    assert library.read_text(encoding="utf-8") == plots.library()
+    text = (history.reports / stored.report).read_text(encoding="utf-8")
+    whole = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "plotly.js v" not in text
+    assert len(text) < len(whole) - len(plots.library()) + 200
+    assert f'<script src="{library.name}"></script>' in text
+
+
+def test_a_run_without_its_report_gets_one(tmp_path: Path):
+    rng = random.Random(0)
+    run = write_run(tmp_path / "runs", 0, night_records(0, rng), page=None)
+    history = History(tmp_path / "store", create=True)
+    assert DAMAGED.partition("@")[0] in (history.reports / history.add(run).report).read_text(
+        encoding="utf-8"
+    )
+
+
+def test_prune_keeps_the_newest(tmp_path: Path):
+    history = make_store(tmp_path, 5)
+    removed = history.prune(2)
+    assert [run.commit_sha for run in removed] == [commit_of(night) for night in (0, 1, 2)]
+    assert [run.commit_sha for run in history.read(StoredRun)] == [commit_of(3), commit_of(4)]
+    assert len(history.read(StoredLayer)) == 2 * 3 * 2 * 4
+    assert len(list(history.reports.glob("*.html"))) == 2
+    with pytest.raises(InputError, match="at least 1"):
+        history.prune(0)
+
+
+def test_a_store_of_another_schema_is_refused(tmp_path: Path):
+    history = make_store(tmp_path, 1)
+    with sqlite3.connect(history.path / "history.db") as db:
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    for create in (False, True):
+        with pytest.raises(InputError, match=r"schema 2; this version of evalkit reads schema 1"):
+            History(history.path, create=create)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("nothing", "no run at"),
+        ("unended", "has not ended"),
+        ("empty", "has not ended"),
+        ("time", "started_utc is 'yesterday'"),
+    ],
+)
+def test_what_is_no_ended_run_is_refused_in_one_line(
+    what: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = one_run(tmp_path / "runs")
+    lines = (run / "records.jsonl").read_text().splitlines(keepends=True)
+    if what == "nothing":
+        shutil.rmtree(run)
+    elif what == "unended":
+        (run / "records.jsonl").write_text("".join(lines[:-1]))
+    elif what == "empty":
+        (run / "records.jsonl").write_text("")
+    else:
+        text = (run / "run.json").read_text()
+        (run / "run.json").write_text(text.replace(FIRST.isoformat(), "yesterday"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["history", "add", str(run), "--store", str(tmp_path / "store")])
+    assert caught.value.code == 64
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path):
+    (tmp_path / "history.db").write_text(
+        "a file that says nothing to SQLite, and is long enough to be looked at" * 20
+    )
+    with pytest.raises(InputError, match="cannot be used"):
+        History(tmp_path)
+    with pytest.raises(InputError, match="no history can be made"):
+        History(tmp_path / "history.db" / "below", create=True)
+
+
+def test_the_commands_add_list_and_prune(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = [one_run(tmp_path / "runs", night) for night in range(2)]
+    store = str(tmp_path / "store")
+    for arguments in (["add", str(runs[1])], ["add", str(runs[0])], ["prune", "--keep", "1"], ["list"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["history", *arguments, "--store", store])
+        assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "removed 1 runs" in out
+    assert out.splitlines()[-1].startswith((FIRST + timedelta(days=1)).isoformat())
+    assert out.splitlines()[-1].endswith(runs[1].name)
