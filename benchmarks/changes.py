@@ -111,7 +111,7 @@ def lines(series: int, seed: int) -> Iterator[str]:
     for name, noise in NOISES.items():
         yield f"| {name} | {false_alarms(noise, series, np.random.default_rng([seed, 1])):.2%} |"
     yield ""
-    yield f"| drop in points (sd 0.25; {series:,} series of 120 nights) | found by its third night | seventh | fourteenth | any other change point |"
+    yield f"| drop in points (sd 0.25; {series:,} series of 120 nights) | found by its third night | seventh | fourteenth | at another night, or false |"
     yield "|---|---:|---:|---:|---:|"
     for drop in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0):
         found = detection(drop / 100, series, np.random.default_rng([seed, 2])).values()

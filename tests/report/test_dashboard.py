@@ -509,3 +509,11 @@ def test_it_prints(site: dashboard.Site, browse: Callable[..., Browser]):
     assert browser.script("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not browser.script("document.getElementById('filters').checkVisibility()")
     assert browser.pdf().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("command", ["dashboard", "export", "history add", "history list", "history prune"])
+def test_help_holds_an_example(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    assert f"Example: evalkit {command}" in capsys.readouterr().out
