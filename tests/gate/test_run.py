@@ -64,6 +64,8 @@ def test_damage_is_planted_into_the_baseline_on_the_same_documents(run: Path, co
         for name in (whole, arm, "fp8_ds_mla@reference")
     ]
     assert prompts[0] == prompts[1] == prompts[2]
+    answers = [[s.response for s in evidence.samples if s.candidate == name] for name in (whole, arm)]
+    assert answers[0] != answers[1]
     assert all(s.generated_tokens is not None and s.truncated is not None for s in evidence.samples)
 
 

@@ -38,6 +38,17 @@ def test_the_score_takes_arrays_as_it_takes_numbers():
     assert tango_z(lost, gained, 40, 0.05).tolist() == one_by_one
 
 
+@pytest.mark.parametrize("critical", [0.5, 1.6448536, 2.3])
+@pytest.mark.parametrize("margin", [0.02, 0.15])
+def test_the_edge_is_the_last_number_of_losses_that_the_score_rejects(margin, critical):
+    n = 120
+    below, above = (rejection_edge(n, margin, critical, tail) for tail in TAILS)
+    for m in range(n + 1):
+        z = [tango_z(lost, m - lost, n, margin) for lost in range(m + 1)]
+        assert below[m] == sum(value <= -critical for value in z) - 1
+        assert above[m] == m + 1 - sum(value >= critical for value in z)
+
+
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("n", "discordance", "loss"), [(12, 0.3, 0.1), (15, 0.5, -0.2), (9, 1.0, 0.4)])
 def test_a_rejection_probability_is_the_trinomial_sum(n, discordance, loss, tail):
