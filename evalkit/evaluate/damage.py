@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class DamagedFormat(RowFormat):
 
     def __init__(self, inner: RowFormat, noise: float, seed: int) -> None:
         self.inner, self.noise, self.seed = inner, noise, seed
-        for name in ("name", "row_bytes", "latent_dim", "rope_dim", "value_dim", "uses_scales", "four_bit"):
+        for name in get_type_hints(RowFormat):
             setattr(self, name, getattr(inner, name))
         self._generators: dict[torch.device, torch.Generator] = {}
 

@@ -54,3 +54,15 @@ def test_each_cache_draws_its_own_noise(checkpoint):
     make = damaging(model.evalkit.new_cache, 0.5)
     seeds = [make().state.format.seed for _ in range(3)]
     assert seeds == [0, 1, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("candidate", ["bf16@flashinfer", "bf16@flashmla"])
+def test_kernels_read_damaged_rows(candidate, ask):
+    model = evalkit.load("dsa-nano", candidate, device="cuda")
+    requests = ask("loglikelihood", ("The value of the key is " * 40, "blue"))
+    whole, first, again = (
+        EvalkitLM(model, damage=damage).loglikelihood(requests) for damage in (0.0, 0.5, 0.5)
+    )
+    assert first == again
+    assert first[0][0] != whole[0][0]
