@@ -41,6 +41,8 @@ def test_the_same_run_gives_the_same_bytes(run: RunDirectory, tmp_path: Path):
         os.utime(path, (10**9, 10**9))
     assert bundle.write(copied, tmp_path / "b.zip") == first
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as made:
+        assert {entry.date_time for entry in made.infolist()} == {bundle.EPOCH}
     assert first == hashlib.sha256((tmp_path / "a.zip").read_bytes()).hexdigest()
 
 

@@ -127,7 +127,7 @@ def test_a_writer_that_fails_leaves_the_store_as_it_was(tmp_path: Path, monkeypa
 
     def twice(directory: RunDirectory, records: Sequence[Record]) -> tuple[StoredRun, list[object]]:
         stored, rows = rows_of(directory, records)
-        return stored, [*rows, rows[-1]]
+        return stored, [*rows[:2], rows[1], *rows[2:]]
 
     monkeypatch.setattr(history, "_rows", twice)
     with pytest.raises(InputError, match="cannot be used"):
