@@ -158,8 +158,10 @@ class Case:
         return "compiled" if self.format.layout is None else "kernel"
 
     def pass_over_rows(self) -> Call:
-        """Read and write once, as bf16, the rows that decoding touches."""
+        """Read and write once the rows that decoding touches: as bf16, or as float32 where they are wider."""
         rows = torch.cat([self.problem.latent, self.problem.rope], -1)
+        if self.format.row_bytes > rows.shape[1] * rows.element_size():
+            rows = rows.float()
         if self.decodes_whole:
             copy = torch.empty_like(rows)
             return lambda: copy.copy_(rows)
