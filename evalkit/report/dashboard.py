@@ -60,10 +60,11 @@ def write(
         InputError: there is no history, it is empty, or the site cannot be written.
     """
     history = History(store)
-    runs = history.read(StoredRun)
-    if not runs:
-        raise InputError(f"the history at {store} has no run: `evalkit history add RUN --store {store}`")
     shown = tiles(history, repository)
+    if not shown:
+        raise InputError(f"the history at {store} has no run: `evalkit history add RUN --store {store}`")
+    nights = {night.run: night for tile in shown for night in tile.nights}
+    runs = sorted(nights.values(), key=lambda run: (run.started_utc, run.name))
     moment = now or datetime.now(UTC)
     alerts = _alerts(shown, moment, expected_h)
     try:

@@ -157,8 +157,8 @@ class History:
                 f"{run} has not ended, and a part would show as a change: `evalkit run --resume {run}` ends it"
             )
         stored, rows = _rows(directory, records)
-        self._keep_report(run, stored.report)
         with self._transaction() as db:
+            self._keep_report(run, stored.report)  # two that write one file at once would take it from each other
             for table, _ in TABLES.values():
                 db.execute(f"DELETE FROM {table} WHERE run = ?", (stored.run,))  # noqa: S608 - a name from above
             for kind, (table, _) in TABLES.items():
@@ -184,8 +184,8 @@ class History:
         with self._transaction() as db:
             for table, _ in TABLES.values():
                 db.executemany(f"DELETE FROM {table} WHERE run = ?", [(row.run,) for row in removed])  # noqa: S608 - see above
-        for row in removed:
-            (self.reports / row.report).unlink(missing_ok=True)
+            for row in removed:
+                (self.reports / row.report).unlink(missing_ok=True)
         return removed
 
     def _keep_report(self, run: Path, name: str) -> None:

@@ -121,6 +121,8 @@ def tiles(history: History, repository: Path | None = None) -> list[Tile]:
     runs = {run.run: run for run in history.read(StoredRun)}
     nights: dict[Key, list[tuple[StoredRun, StoredResult]]] = defaultdict(list)
     for result in history.read(StoredResult):
+        if result.run not in runs:
+            continue  # added since
         run = runs[result.run]
         key = (run.checkpoint, run.checkpoint_sha256, run.profile, run.gpu, result.candidate)
         nights[key].append((run, result))
