@@ -158,7 +158,8 @@ class History:
             )
         stored, rows = _rows(directory, records)
         with self._transaction() as db:
-            self._keep_report(run, stored.report)  # two that write one file at once would take it from each other
+            # Within the transaction: two that write one file at once would take it from each other.
+            self._keep_report(run, stored.report)
             for table, _ in TABLES.values():
                 db.execute(f"DELETE FROM {table} WHERE run = ?", (stored.run,))  # noqa: S608 - a name from above
             for kind, (table, _) in TABLES.items():

@@ -34,7 +34,16 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
             lines += [f"## {table.title}", "", table.caption, "", *_rows(table), ""]
     if blame := attribution.sentences(records):
         table = attribution.table(records)
-        lines += [f"## {table.title}", "", *(f"- {one}" for one in blame), "", table.caption, "", *_rows(table), ""]
+        lines += [
+            f"## {table.title}",
+            "",
+            *(f"- {one}" for one in blame),
+            "",
+            table.caption,
+            "",
+            *_rows(table),
+            "",
+        ]
     return "\n".join([*lines, "Repeat with:", "", f"    {run.command}", ""])
 
 
