@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -426,7 +427,7 @@ def synth(
 
 @app.command()
 def gate(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, or the bundle of one.")],
     policy: Annotated[Path, typer.Option(metavar="FILE", help="What to judge by.")],
     against: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Another run, to take the baselines' samples from.")
@@ -438,13 +439,17 @@ def gate(
     """
     from evalkit.gate import policy as policies
     from evalkit.gate import verdict
-    from evalkit.report import html, junit, markdown, terminal
+    from evalkit.report import bundle, html, junit, markdown, terminal
 
-    judgement = verdict.judge(run, policies.load(policy), against)
-    verdict.store(run, judgement)
-    terminal.show_verdicts(run)
-    for write in (markdown.write, html.write, junit.write):
-        print(write(run))
+    limits = policies.load(policy)
+    with ExitStack() as stack:
+        path = stack.enter_context(bundle.opened(run)) if run.is_file() else run
+        judgement = verdict.judge(path, limits, against)
+        verdict.store(path, judgement)
+        terminal.show_verdicts(path)
+        if path is run:  # a bundle stays as it was signed
+            for write in (markdown.write, html.write, junit.write):
+                print(write(run))
     raise typer.Exit(judgement.exit_code)
 
 

@@ -2,7 +2,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import pytest
 
@@ -18,6 +18,12 @@ def example(cls: type[Record], **changes: Any) -> Record:
     for place, (name, hint) in enumerate(HINTS[cls.kind].items()):
         if get_origin(hint) is dict:
             values[name] = {"torch": "2.13.0"}
+        elif get_origin(hint) is list:
+            (item,) = get_args(hint)
+            item = (get_args(item) or (item,))[0]
+            values[name] = [item(place + 1), item(place + 2)]
+        elif hint is bool:
+            values[name] = True
         elif hint in (int, float, str):
             values[name] = hint(place + 1)
         else:

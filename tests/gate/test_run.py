@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evalkit import environment, pipeline
+from evalkit import cli, environment, pipeline
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.gate.evidence import Evidence, damage_arm
@@ -13,6 +13,7 @@ from evalkit.gate.policy import load
 from evalkit.gate.verdict import judge
 from evalkit.model.load import EMBEDDED
 from evalkit.records import PolicyRecord, RunDirectory, StageRecord
+from evalkit.report import bundle
 from tests.conftest import random_model
 
 POLICIES = Path(__file__).parents[2] / "tasks" / "policies"
@@ -90,3 +91,17 @@ def test_a_run_does_not_go_on_under_another_policy(run: Path, config: RunConfig)
     finally:
         config.policy.write_text(before)
         path.write_text(whole)
+
+
+def test_a_bundle_is_judged_as_its_run_and_stays_as_it_was_signed(
+    run: Path, config: RunConfig, tmp_path: Path
+):
+    signed = tmp_path / "signed.zip"
+    before = bundle.write(run, signed)
+    codes = []
+    for what in (run, signed):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["gate", str(what), "--policy", str(config.policy)])
+        codes.append(caught.value.code)
+    assert codes == [12, 12]
+    assert bundle.sha256(signed) == before
