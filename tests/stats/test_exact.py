@@ -3,7 +3,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 from statsmodels.stats.contingency_tables import mcnemar
@@ -86,6 +86,7 @@ def test_a_raised_critical_value_is_not_raised_for_nothing():
     assert size(400, 0.02, critical - 1e-3) > 0.05
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.integers(2, 200), st.data())
 def test_bounds_and_tests_agree(n, data):
     lost = data.draw(st.integers(0, n))
