@@ -18,6 +18,8 @@ WORDS = {
 # Of the whole squared error: how far all components together may be from the candidate's own attention. Only a kernel
 # that is modelled is off at all: sums in another order move a few probabilities across a step of e4m3.
 LARGEST_APART = 1e-2
+# Where one component alone makes more than this many times the whole, flips decide and there are no shares.
+DIVIDES = 1.5
 
 Place = int | str  # a layer, or how KL was measured: what was frozen
 
@@ -171,7 +173,11 @@ def _sentence(shares: Shares) -> str:
     for frozen in shares.divergences:
         if (found := shares.guilty(frozen)) is not None:
             how = "free" if frozen == "none" else "with selection and routing frozen"
-            text += f"; of the KL divergence {how}, {share(found[1])} from {WORDS.get(found[0], found[0])}"
+            part = WORDS.get(found[0], found[0])
+            if found[1] > DIVIDES:
+                text += f"; the KL divergence {how} does not divide, {part} alone makes {found[1]:.1f} times the whole"
+            else:
+                text += f"; of the KL divergence {how}, {share(found[1])} from {part}"
     return text
 
 

@@ -79,6 +79,17 @@ def test_a_large_interaction_is_said():
     assert "interaction" not in attribution.sentences(changed(1, "interaction", squared_relative_l2=5e-5))[0]
 
 
+def test_where_one_component_makes_far_more_than_the_whole_no_share_is_given():
+    flipped = [
+        replace(r, kl_mean_nats=3e-3) if (r.frozen, r.layer, r.arm) == ("none", None, "all") else r
+        for r in records()
+    ]
+    (sentence,) = attribution.sentences(flipped)
+    assert sentence.endswith(
+        "the KL divergence free does not divide, the stored rope alone makes 2.3 times the whole."
+    )
+
+
 @pytest.mark.parametrize(
     ("records", "reason"),
     [
