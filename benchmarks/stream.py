@@ -103,7 +103,7 @@ def measure(checkpoint: Path, wanted: list[str], tokens: int, device: torch.devi
             floors=noise.floors(model, kernel_only=True, frozen=False),
             frozen=False,
             calibration=calibration,
-            state=clock,  # type: ignore[arg-type]
+            state=clock,
         )
     )
     ended = now(device)

@@ -36,7 +36,7 @@ from evalkit.compare.metrics import Accumulator
 from evalkit.compare.ranges import RangeAccumulator, tiles, within
 from evalkit.compare.rows import layer_record, missing_floor, range_record, token_record
 from evalkit.compare.rungs import Rungs, rungs
-from evalkit.compare.state import LayerState
+from evalkit.compare.state import Keeper
 from evalkit.compare.tokens import TokenAccumulator
 from evalkit.compare.watch import Decode, Watch
 from evalkit.errors import InputError
@@ -61,7 +61,7 @@ def compare(
     advance: Advance | None = None,
     frozen: bool = True,
     calibration: Sequence[Tensor] = (),
-    state: LayerState | None = None,
+    state: Keeper | None = None,
     decode: Decode | None = None,
 ) -> Iterator[Record]:
     """Every probe of every layer, for every candidate, each layer's records as soon as it is done.

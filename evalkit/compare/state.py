@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,16 @@ from evalkit.kv import Scales
 if TYPE_CHECKING:
     from evalkit.compare.arms import Arm
     from evalkit.compare.layers import LayerStream
+
+
+class Keeper(Protocol):
+    """What is told of each layer that is done, and may have a comparison begin behind some."""
+
+    def restore(self, stream: LayerStream) -> int:
+        """Give the stream what was kept; returns the layer to go on with."""
+
+    def keep(self, stream: LayerStream, layer: int) -> None:
+        """Note that a layer is done."""
 
 
 class LayerState:

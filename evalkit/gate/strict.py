@@ -41,8 +41,8 @@ def build(cls: type[T], raw: object, where: str) -> T:
 def _value(hint: Any, raw: object, where: str) -> Any:
     if isinstance(hint, UnionType):
         hint = next(option for option in get_args(hint) if option is not type(None))
-    if is_dataclass(hint):
-        return build(hint, raw, where)  # type: ignore[arg-type]
+    if isinstance(hint, type) and is_dataclass(hint):
+        return build(hint, raw, where)
     if get_origin(hint) is tuple:
         if not isinstance(raw, list):
             raise InputError(f"{where} is {raw!r}: a list is right")

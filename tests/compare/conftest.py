@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
+from evalkit.attention.backends.base import backends
 from evalkit.model.load import graft
+from tests.compare.planted import Plant, Planted
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -56,3 +59,14 @@ def model(request: pytest.FixtureRequest) -> Any:
 def documents() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(11)
     return [torch.randint(0, 128, (length,), generator=generator) for length in (96, 80)]
+
+
+@pytest.fixture
+def plant() -> Iterator[Plant]:
+    """Registers a subclass of `Planted` as the backend `planted`."""
+
+    def planted(bug: type[Planted]) -> None:
+        backends.register(bug)
+
+    yield planted
+    backends.remove("planted")

@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from evalkit.attention import backends
-from evalkit.attention.backends.base import Backend
-from evalkit.attention.backends.base import backends as registry
 from evalkit.attention.cache import PagedLayer
 from evalkit.candidate import Candidate
 from evalkit.compare.arms import REFERENCE
 from evalkit.compare.phases import PHASES, Way, compare_phases, count_phase_passes
 from evalkit.errors import InputError
-from evalkit.kv import RowFormat, Scales
+from evalkit.kv import Scales
 from evalkit.records import PhaseRecord, to_line
+from tests.compare.planted import Plant, Planted
 
 SOUND = Candidate.parse("fp8_e4m3:one@reference")
-Attend = Callable[..., tuple[Tensor, Tensor]]
-
-
-class Planted(Backend):
-    """Exact attention, except for what a test breaks in `arguments`."""
-
-    name = kernel = "planted"
-    takes_float32 = True
-
-    def unavailable_because(self, *_: Any) -> str | None:
-        return None
-
-    def attend(
-        self,
-        q_latent: Tensor,
-        q_rope: Tensor,
-        cache: Tensor,
-        format: RowFormat,
-        indices: Tensor,
-        sm_scale: float,
-        scales: Scales,
-    ) -> tuple[Tensor, Tensor]:
-        exact: Attend = backends.get("reference").attend
-        return exact(q_latent, q_rope, cache, format, indices, sm_scale, self.scales_for(indices, scales))
-
-    def scales_for(self, indices: Tensor, scales: Scales) -> Scales:
-        return scales
+PLANTED = Candidate.parse("fp8_e4m3:calibrated@planted")
 
 
 class ScaleMissingInDecode(Planted):
@@ -63,16 +34,6 @@ class GarbageOverCachedRows(Planted):
     def scales_for(self, indices: Tensor, scales: Scales) -> Scales:
         sees_earlier_rows = len(indices) > 1 and int((indices[0] >= 0).sum()) > 1
         return Scales(latent=64 * scales.latent, rope=scales.rope) if sees_earlier_rows else scales
-
-
-@pytest.fixture
-def plant() -> Iterator[Callable[[type[Planted]], Candidate]]:
-    def planted(bug: type[Planted]) -> Candidate:
-        registry.register(bug)
-        return Candidate.parse("fp8_e4m3:calibrated@planted")
-
-    yield planted
-    registry.remove("planted")
 
 
 def departing(found: list[PhaseRecord], mode: str = "isolated") -> set[str]:
@@ -103,24 +64,20 @@ def test_no_phase_of_a_sound_candidate_departs(model: Any, documents: list[Tenso
     assert all(to_line(r) for r in found)
 
 
-def test_a_scale_missing_in_decode_is_named(
-    model: Any, documents: list[Tensor], plant: Callable[[type[Planted]], Candidate]
-):
-    candidate = plant(ScaleMissingInDecode)
-    scales = {candidate: dict.fromkeys(range(3), Scales(latent=1 / 64, rope=1 / 64))}
-    found = list(compare_phases(model, documents, [candidate], scales=scales))
+def test_a_scale_missing_in_decode_is_named(model: Any, documents: list[Tensor], plant: Plant):
+    plant(ScaleMissingInDecode)
+    scales = {PLANTED: dict.fromkeys(range(3), Scales(latent=1 / 64, rope=1 / 64))}
+    found = list(compare_phases(model, documents, [PLANTED], scales=scales))
     assert departing(found) == {"decode", "cached_prefix", "second_turn"}, "where tokens go one by one"
     logits = {r.phase for r in found if r.layer is None and r.departs}
     assert "decode" in logits
     assert not logits & {"prefill", "chunked_prefill"}
 
 
-def test_garbage_in_turn_two_is_named(
-    model: Any, documents: list[Tensor], plant: Callable[[type[Planted]], Candidate]
-):
-    candidate = plant(GarbageOverCachedRows)
-    scales = {candidate: dict.fromkeys(range(3), Scales(latent=1 / 64, rope=1 / 64))}
-    found = list(compare_phases(model, documents, [candidate], scales=scales))
+def test_garbage_in_turn_two_is_named(model: Any, documents: list[Tensor], plant: Plant):
+    plant(GarbageOverCachedRows)
+    scales = {PLANTED: dict.fromkeys(range(3), Scales(latent=1 / 64, rope=1 / 64))}
+    found = list(compare_phases(model, documents, [PLANTED], scales=scales))
     assert departing(found) == {"second_turn", "chunked_prefill"}, "where a prompt reads earlier rows"
 
 
@@ -140,17 +97,15 @@ def test_rows_lost_on_the_way_to_another_sequence_are_named(
     assert departing(found) == {"cached_prefix"}
 
 
-def test_a_phase_that_is_not_finite_departs(
-    model: Any, documents: list[Tensor], plant: Callable[[type[Planted]], Candidate]
-):
+def test_a_phase_that_is_not_finite_departs(model: Any, documents: list[Tensor], plant: Plant):
     class NotFinite(Planted):
         def attend(self, *arguments: Any) -> tuple[Tensor, Tensor]:
             out, lse = super().attend(*arguments)
             return (out * torch.nan if len(out) == 1 else out), lse
 
-    candidate = plant(NotFinite)
-    scales = {candidate: dict.fromkeys(range(3), Scales())}
-    found = list(compare_phases(model, documents, [candidate], scales=scales))
+    plant(NotFinite)
+    scales = {PLANTED: dict.fromkeys(range(3), Scales())}
+    found = list(compare_phases(model, documents, [PLANTED], scales=scales))
     first = {r.phase: r for r in found if (r.layer, r.mode) == (0, "isolated")}
     assert first["decode"].nonfinite == 44
     assert first["prefill"].nonfinite == 0

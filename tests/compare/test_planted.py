@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from evalkit.attention import backends
-from evalkit.attention.backends.base import Backend
-from evalkit.attention.backends.base import backends as registry
 from evalkit.attention.path import PathState, SparseMLA
 from evalkit.candidate import Candidate
 from evalkit.compare.arms import REFERENCE
 from evalkit.compare.divergence import divergences
 from evalkit.compare.layers import compare
-from evalkit.kv import RowFormat, Scales
 from evalkit.records import (
     DivergenceRecord,
     LayerRecord,
@@ -28,39 +23,7 @@ from evalkit.records import (
     only,
 )
 from tests.compare.conftest import tiny
-
-Plant = Callable[[type["Planted"]], None]
-
-
-class Planted(Backend):
-    """Exact attention; a test's subclass breaks one argument of it."""
-
-    name = kernel = "planted"
-    takes_float32 = True
-
-    def unavailable_because(self, *_: Any) -> str | None:
-        return None
-
-    def attend(
-        self,
-        q_latent: Tensor,
-        q_rope: Tensor,
-        cache: Tensor,
-        format: RowFormat,
-        indices: Tensor,
-        sm_scale: float,
-        scales: Scales,
-    ) -> tuple[Tensor, Tensor]:
-        return backends.get("reference").attend(q_latent, q_rope, cache, format, indices, sm_scale, scales)
-
-
-@pytest.fixture
-def plant() -> Iterator[Plant]:
-    def planted(bug: type[Planted]) -> None:
-        registry.register(bug)
-
-    yield planted
-    registry.remove("planted")
+from tests.compare.planted import Plant, Planted
 
 
 @pytest.fixture(scope="module")
