@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from evalkit import cli, kv
+from evalkit.commands import runs
 
 COMMANDS = ["run", "layers", "tasks", "report", "calibrate", "formats", "doctor", "lm-eval"]
 
@@ -74,7 +75,7 @@ def test_a_crash_shows_its_trace_and_exits_70(
     def crash(path: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(cli, "_newest", crash)
+    monkeypatch.setattr(runs, "_newest", crash)
     assert exit_code("report") == 70
     assert "Traceback" in (err := capsys.readouterr().err)
     assert "ZeroDivisionError: planted" in err
@@ -84,7 +85,7 @@ def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch):
     def interrupt(path: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_newest", interrupt)
+    monkeypatch.setattr(runs, "_newest", interrupt)
     assert exit_code("report") == 130
 
 

@@ -1,0 +1,59 @@
+"""Judge a run by a policy, and plan one."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def gate(
+    run: Annotated[Path, typer.Argument(help="A run directory, or the bundle of one.")],
+    policy: Annotated[Path, typer.Option(metavar="FILE", help="What to judge by.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Another run, to take the baselines' samples from.")
+    ] = None,
+) -> None:
+    """Judge a finished run. Exit 0 NON-INFERIOR, 10 WORSE, 11 INCONCLUSIVE, 12 ANOMALOUS.
+
+    Example: evalkit gate runs/2026-01-31T12-00-00Z-run --policy tasks/policies/default.toml
+    """
+    from evalkit.gate import policy as policies
+    from evalkit.gate import verdict
+    from evalkit.report import bundle, html, junit, markdown, terminal
+
+    limits = policies.load(policy)
+    with ExitStack() as stack:
+        path = stack.enter_context(bundle.opened(run)) if run.is_file() else run
+        judgement = verdict.judge(path, limits, against)
+        verdict.store(path, judgement)
+        terminal.show_verdicts(path)
+        if path is run:  # a bundle stays as it was signed
+            for write in (markdown.write, html.write, junit.write):
+                print(write(run))
+    raise typer.Exit(judgement.exit_code)
+
+
+@app.command()
+def plan(
+    policy: Annotated[Path, typer.Argument(help="A policy.")],
+    discordance: Annotated[
+        float | None, typer.Option(help="Share of documents whose outcome differs, as 0.02.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="A run, to measure discordance and seconds by.")
+    ] = None,
+) -> None:
+    """Say how many documents, and how many hours, a policy's decision needs.
+
+    Example: evalkit plan tasks/policies/default.toml --discordance 0.02
+    """
+    from evalkit.gate import planning
+    from evalkit.gate import policy as policies
+
+    asked = policies.load(policy)
+    for line in planning.words(asked, planning.plan(asked, discordance, run)):
+        print(line)
