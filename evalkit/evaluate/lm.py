@@ -1,16 +1,14 @@
 """evalkit's models as an lm-eval model, and lm-eval's own command with that model registered.
 
-Batches are left-padded, longest first, and their make-up depends on the requests alone: every candidate multiplies
-matrices of the same shapes, so that no difference comes from a GEMM's choice. Nothing is ever truncated.
+Text becomes token ids here and ids text; what cannot be done greedily and in full is refused. An engine
+(evalkit/evaluate/engines/) runs the candidate. Nothing is ever truncated.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,23 +17,19 @@ from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from evalkit.errors import InputError
-from evalkit.evaluate.damage import damaging
+from evalkit.evaluate.engines.base import Engine, Label, Prompt, Span
+from evalkit.evaluate.engines.native import NativeEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from lm_eval.api.instance import Instance
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_BATCH_SIZE = 8
-# Logits of a whole window times a vocabulary of 129,280 would take 2 GB; the head runs on so many rows at a time.
-HEAD_ROWS = 512
-# A stop string of n bytes touches at most n tokens that print something; some tokens print nothing.
-SILENT_TOKENS = 8
 GREEDY_KWARGS = {"do_sample", "max_gen_toks", "temperature", "until"}
 
 
@@ -59,35 +53,9 @@ class Coverage:
         return self.scored_tokens - min(self.scored_tokens, max(0, topk - self.context_tokens + 1))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Span:
-    """Tokens to score after their context."""
-
-    label: _Label
-    context: list[int]
-    continuation: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prompt:
-    label: _Label
-    ids: list[int]
-    max_new: int
-    until: list[str]
-
-
-@dataclass(frozen=True)
-class _Label:
-    task: str | None
-    doc_id: int | None
-
-    def __str__(self) -> str:
-        return f"{self.task or 'request'} document {'?' if self.doc_id is None else self.doc_id}"
-
-
 @register_model("evalkit")
 class EvalkitLM(TemplateLM):
-    """lm-eval model `evalkit`: a checkpoint whose attention runs on one candidate.
+    """lm-eval model `evalkit`: an engine, or a checkpoint whose attention runs on one candidate.
 
     `coverage` holds one entry for each request scored or text generated so far.
 
@@ -98,6 +66,7 @@ class EvalkitLM(TemplateLM):
         tokenizer: needed when a loaded model does not name its checkpoint.
         damage: size of the planted damage, see `evalkit.evaluate.damage`; 0 is none.
         max_length: longest context plus scored or generated tokens; the model's own by default.
+        engine: what runs, in place of all the others.
 
     Raises:
         InputError: an argument means nothing here, or differs from what the model can do.
@@ -105,7 +74,7 @@ class EvalkitLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | Path | PreTrainedModel,
+        pretrained: str | Path | PreTrainedModel | None = None,
         candidate: Any = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -114,40 +83,39 @@ class EvalkitLM(TemplateLM):
         scales: Mapping[int, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         damage: float = 0.0,
+        *,
+        engine: Engine | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = _positive("batch_size", batch_size)
-        self._new_cache: Callable[[], Cache | None]
-        if isinstance(pretrained, (str, Path)):
-            from evalkit import load
+        if (pretrained is None) == (engine is None):
+            raise InputError("an lm-eval model needs a checkpoint or model, or an engine, and not both")
+        if engine is None:
+            if isinstance(pretrained, (str, Path)):
+                from evalkit import load
 
-            self.model = load(
-                pretrained, candidate or "bf16@reference", device=device, dtype=_dtype(dtype), scales=scales
-            )
-            self._new_cache = self.model.evalkit.new_cache
-        else:
-            if device is not None or dtype is not None:
-                raise InputError("device and dtype belong to loading; the model given is loaded already")
-            self.model = pretrained
-            if hasattr(pretrained, "evalkit"):
-                self._new_cache = partial(pretrained.evalkit.new_cache, candidate, scales)
-            elif candidate is None:
-                self._new_cache = lambda: None
-            else:
-                raise InputError(
-                    f"candidate {candidate} needs a model from evalkit.load, not plain transformers"
+                pretrained = load(
+                    pretrained,
+                    candidate or "bf16@reference",
+                    device=device,
+                    dtype=_dtype(dtype),
+                    scales=scales,
                 )
-        if damage:
-            self._new_cache = damaging(self._new_cache, damage)
-        self.tokenizer = tokenizer or _tokenizer(self.model.config._name_or_path)
-        words, rows = len(self.tokenizer), int(self.model.config.vocab_size)
-        if words > rows:
-            raise InputError(f"{self.tokenizer_name}: the tokenizer has {words} tokens, the model {rows}")
-        longest = int(self.model.config.max_position_embeddings)
-        self.max_length = longest if max_length is None else _positive("max_length", max_length)
-        if self.max_length > longest:
-            raise InputError(f"max_length {self.max_length} is over the model's {longest} positions")
-        self._device = self.model.device
+                candidate = scales = None  # they are the model's own now
+            elif device is not None or dtype is not None:
+                raise InputError("device and dtype belong to loading; the model given is loaded already")
+            engine = NativeEngine(
+                pretrained,
+                candidate,
+                scales,
+                batch_size=self.batch_size,
+                max_length=None if max_length is None else _positive("max_length", max_length),
+                tokenizer=tokenizer,
+                damage=damage,
+            )
+        self.engine = engine
+        self.tokenizer, self.max_length = engine.tokenizer, engine.max_length
+        self._device = getattr(engine, "device", None)
         self.coverage: list[Coverage] = []
 
     @classmethod
@@ -186,7 +154,7 @@ class EvalkitLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self._stop_ids[0]
+        return self.engine.stop_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
@@ -229,7 +197,7 @@ class EvalkitLM(TemplateLM):
                 ids = self._encode_pair(context, continuation)
             else:
                 ids = ([self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False))
-            spans.append(_Span(label=_label(request), context=ids[0], continuation=ids[1]))
+            spans.append(Span(label=_label(request), context=ids[0], continuation=ids[1]))
         return self._score(spans, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -239,7 +207,7 @@ class EvalkitLM(TemplateLM):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             for context, continuation in map(make_disjoint_window, windows):
-                spans.append(_Span(label=_label(request), context=context, continuation=continuation))
+                spans.append(Span(label=_label(request), context=context, continuation=continuation))
                 owners.append(owner)
         totals = [0.0] * len(requests)
         for owner, (nats, _) in zip(owners, self._score(spans, disable_tqdm), strict=True):
@@ -252,7 +220,7 @@ class EvalkitLM(TemplateLM):
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        spans = [_Span(label=_Label(None, None), context=c, continuation=t) for _, c, t in requests]
+        spans = [Span(label=Label(None, None), context=c, continuation=t) for _, c, t in requests]
         return self._score(spans, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -263,38 +231,22 @@ class EvalkitLM(TemplateLM):
         """
         prompts = [self._prompt(request) for request in requests]
         texts = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: (-prompts[i].max_new, -len(prompts[i].ids), i))
         with tqdm(
             total=len(prompts), desc="generating", unit="document", disable=disable_tqdm or None
         ) as bar:
-            # One budget in a batch, so that the longest prompt's check holds for every row.
-            for _, same in groupby(order, key=lambda i: prompts[i].max_new):
-                for batch in _chunks(list(same), self.batch_size):
-                    for i, ids in zip(batch, self._generate([prompts[i] for i in batch]), strict=True):
-                        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                        texts[i] = postprocess_generated_text(text, prompts[i].until, think_end_token=None)
-                        self._cover(
-                            prompts[i].label,
-                            len(prompts[i].ids),
-                            len(ids),
-                            not self._stopped(prompts[i], ids),
-                        )
-                    bar.update(len(batch))
+            for i, answer in self.engine.generate(prompts):
+                text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+                texts[i] = postprocess_generated_text(text, list(prompts[i].until), think_end_token=None)
+                truncated = answer.ended == "length"
+                self._cover(prompts[i], len(prompts[i].ids), len(answer.ids), truncated)
+                bar.update()
         return texts
 
     def check(self, request: Instance) -> None:
         """Refuse a text that cannot be generated (too long a prompt, sampling) without generating it."""
         self._prompt(request)
 
-    @property
-    def _stop_ids(self) -> list[int]:
-        eos = getattr(self.model.generation_config, "eos_token_id", None)
-        eos = self.tokenizer.eos_token_id if eos is None else eos
-        if eos is None:
-            raise InputError(f"{self.tokenizer_name} names no end-of-text token; set eos_token in its config")
-        return [int(i) for i in eos] if isinstance(eos, (list, tuple)) else [int(eos)]
-
-    def _prompt(self, request: Instance) -> _Prompt:
+    def _prompt(self, request: Instance) -> Prompt:
         text, asked = request.args
         label = _label(request)
         wanted = normalize_gen_kwargs(asked)
@@ -312,90 +264,20 @@ class EvalkitLM(TemplateLM):
                 f"{label}: prompt of {len(ids)} tokens + {max_new} to generate = {len(ids) + max_new}, "
                 f"over max_length {self.max_length}; shorten the prompt or max_gen_toks"
             )
-        return _Prompt(
-            label=label, ids=ids, max_new=max_new, until=[stop for stop in wanted["until"] if stop]
-        )
+        return Prompt(label=label, ids=ids, max_new=max_new, until=[stop for stop in wanted["until"] if stop])
 
-    @torch.inference_mode()
-    def _generate(self, batch: list[_Prompt]) -> list[list[int]]:
-        """Generated ids of each prompt, the last of them the one that ended it."""
-        ids, mask = self._left_pad([prompt.ids for prompt in batch])  # [B, T]
-        positions = _positions(mask)
-        cache = self._new_cache()
-        generated: list[list[int]] = [[] for _ in batch]
-        unfinished = set(range(len(batch)))
-        while True:
-            out = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = out.past_key_values
-            # Finished rows go on unread: dropping them would make shapes depend on what a candidate answered.
-            ids = out.logits[:, -1:].argmax(-1)  # [B, 1]
-            for row, token in enumerate(ids.flatten().tolist()):
-                if row in unfinished:
-                    generated[row].append(token)
-                    if self._ended(batch[row], generated[row]):
-                        unfinished.remove(row)
-            if not unfinished:
-                return generated
-            positions = positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
-
-    def _ended(self, prompt: _Prompt, ids: list[int]) -> bool:
-        return len(ids) == prompt.max_new or self._stopped(prompt, ids)
-
-    def _stopped(self, prompt: _Prompt, ids: list[int]) -> bool:
-        """Whether the last token ended the text, or completed a stop string."""
-        if ids[-1] in self._stop_ids:
-            return True
-        if not prompt.until:
-            return False
-        tail = self.tokenizer.decode(ids[-max(len(s.encode()) for s in prompt.until) - SILENT_TOKENS :])
-        return any(stop in tail for stop in prompt.until)
-
-    @torch.inference_mode()
-    def _score(self, spans: list[_Span], disable_tqdm: bool) -> list[tuple[float, bool]]:
+    def _score(self, spans: list[Span], disable_tqdm: bool) -> list[tuple[float, bool]]:
         for span in spans:
             self._check(span)
         scores = [(0.0, False)] * len(spans)
-        order = sorted(
-            range(len(spans)), key=lambda i: (-len(spans[i].context) - len(spans[i].continuation), i)
-        )
         with tqdm(total=len(spans), desc="scoring", unit="request", disable=disable_tqdm or None) as bar:
-            for batch in _chunks(order, self.batch_size):
-                ids, mask = self._left_pad([(spans[i].context + spans[i].continuation)[:-1] for i in batch])
-                cache = self._new_cache()
-                hidden = self.model.base_model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=_positions(mask),
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                ).last_hidden_state  # [B, T, D]
-                for row, i in zip(hidden, batch, strict=True):
-                    scores[i] = self._read(row, spans[i].continuation)
-                    self._cover(spans[i].label, len(spans[i].context), len(spans[i].continuation))
-                bar.update(len(batch))
+            for i, score in self.engine.score(spans):
+                scores[i] = score
+                self._cover(spans[i], len(spans[i].context), len(spans[i].continuation))
+                bar.update()
         return scores
 
-    def _read(self, hidden: Tensor, continuation: list[int]) -> tuple[float, bool]:
-        """Score the continuation, which the last rows of hidden [T, D] predict."""
-        head = self.model.get_output_embeddings()
-        nats, greedy = 0.0, True
-        rows = hidden[-len(continuation) :].split(HEAD_ROWS)
-        for part, wanted in zip(rows, _chunks(continuation, HEAD_ROWS), strict=True):
-            logprobs = head(part).float().log_softmax(-1)  # [t, V]
-            target = torch.tensor(wanted, device=logprobs.device)
-            nats += logprobs.gather(-1, target[:, None]).double().sum().item()
-            greedy &= bool((logprobs.argmax(-1) == target).all())
-        return nats, greedy
-
-    def _check(self, span: _Span) -> None:
+    def _check(self, span: Span) -> None:
         if not span.continuation:
             raise InputError(f"{span.label}: the continuation has no token, so there is nothing to score")
         length = len(span.context) + len(span.continuation) - 1  # the last token is predicted, never read
@@ -405,24 +287,16 @@ class EvalkitLM(TemplateLM):
                 f"needs {length} positions, over max_length {self.max_length}"
             )
 
-    def _left_pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        fill = self._stop_ids[0] if pad is None else int(pad)
-        ids = [[fill] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-
     def _cover(
-        self, label: _Label, context_tokens: int, scored_tokens: int, truncated: bool | None = None
+        self, request: Prompt | Span, context_tokens: int, scored_tokens: int, truncated: bool | None = None
     ) -> None:
         self.coverage.append(
             Coverage(
-                task=label.task,
-                doc_id=label.doc_id,
+                task=request.label.task,
+                doc_id=request.label.doc_id,
                 context_tokens=context_tokens,
                 scored_tokens=scored_tokens,
-                stored=hasattr(self.model, "evalkit"),
+                stored=self.engine.stored(request),
                 truncated=truncated,
             )
         )
@@ -470,16 +344,8 @@ def lm_eval_main(argv: Sequence[str]) -> None:
     cli.execute(args)
 
 
-def _label(request: Instance) -> _Label:
-    return _Label(request.task_name, request.doc_id)
-
-
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+def _label(request: Instance) -> Label:
+    return Label(request.task_name, request.doc_id)
 
 
 def _positive(name: str, value: int | str) -> int:
@@ -495,17 +361,3 @@ def _dtype(value: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(dtype, torch.dtype):
         raise InputError(f"dtype={value}: want one of torch's names, such as bfloat16 or float32, or auto")
     return dtype
-
-
-def _tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    if not checkpoint:
-        raise InputError("the model does not name its checkpoint: give its tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{checkpoint} has no tokenizer that loads; it needs tokenizer.json and tokenizer_config.json "
-            f"({str(error).splitlines()[0].rstrip(':')})"
-        ) from error

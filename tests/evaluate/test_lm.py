@@ -72,7 +72,7 @@ def test_a_score_does_not_depend_on_its_batch(make_lm, ask, batch_size):
 
 def test_the_head_in_pieces_gives_the_same_score(lm, ask, monkeypatch):
     whole = lm.loglikelihood(ask("loglikelihood", *TEXTS))
-    monkeypatch.setattr("evalkit.evaluate.lm.HEAD_ROWS", 3)
+    monkeypatch.setattr("evalkit.evaluate.engines.native.HEAD_ROWS", 3)
     assert [n for n, _ in lm.loglikelihood(ask("loglikelihood", *TEXTS))] == pytest.approx(
         [n for n, _ in whole], rel=1e-6
     )

@@ -1,0 +1,1 @@
+"""What runs a candidate over token ids: `base.py` says what an engine is, every other file is one."""
