@@ -43,7 +43,7 @@ from evalkit.errors import InputError
 from evalkit.kv import RowFormat, Scales
 from evalkit.records import FloorRecord, Record
 
-LOGITS_AT_ONCE: Final = 1 << 24  # logits of one tensor held at once
+LOGITS_AT_ONCE: Final = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits of one tensor held at once
 NOISE_SEED: Final = 20_240_501
 PARTS: Final = ("latent", "rope")
 
@@ -379,7 +379,7 @@ def _has_chosen(run: LayerPass, selection: Tensor | None, routing: Tensor | None
 
 def _logit_spans(hidden: Tensor, prefill: int, vocabulary: int) -> Iterator[tuple[str, slice]]:
     """Each phase of a document in pieces whose logits fit in `LOGITS_AT_ONCE`."""
-    total, step = hidden.shape[1], max(1, LOGITS_AT_ONCE // vocabulary)
+    total, step = hidden.shape[1], max(1, LOGITS_AT_ONCE[hidden.device.type] // vocabulary)
     for phase, first, end in ((PREFILL, 0, prefill), (DECODE, prefill, total)):
         for start in range(first, end, step):
             yield phase, slice(start, min(start + step, end))

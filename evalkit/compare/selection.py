@@ -11,7 +11,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-GATHER_VALUES: Final = 1 << 24  # float32 values of gathered rows that may live at once
+GATHER_VALUES: Final = {
+    "cpu": 1 << 24,
+    "cuda": 1 << 27,
+}  # float32 values of gathered rows that may live at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ def mass_lost(
     order = lost.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     columns, lost = selection.gather(1, order).clamp(min=0), lost.gather(1, order)
     rows = torch.cat([latent, rope], 1).float()  # [S, C + R]
-    step = max(1, GATHER_VALUES // (width * rows.shape[1]))
+    step = max(1, GATHER_VALUES[rows.device.type] // (width * rows.shape[1]))
     for part in touched.split(step):
         queries = torch.cat([q_latent[part], q_rope[part]], -1).float()  # [t, H, C + R]
         scores = torch.einsum("thc,tkc->thk", queries, rows[columns[part]]) * sm_scale

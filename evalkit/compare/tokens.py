@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evalkit.stats.means import bootstrap_mean
 
-CHUNK_VALUES: Final = 1 << 22  # logits that are float64 at once
+CHUNK_VALUES: Final = {"cpu": 1 << 22, "cuda": 1 << 26}  # logits that are float64 at once
 WORST: Final = 5  # tokens kept with their distributions
 TOP: Final = 5
 P999_DOCUMENTS, P999_TOKENS = 100, 25_000  # below, the 99.9 percentile is a few tokens of a few documents
@@ -124,7 +124,7 @@ class TokenAccumulator:
             document = 1 + max((int(part.max()) for part in self.kept.get("document", [])), default=-1)
             place = Place(document=document, start=0, targets=torch.full((len(ref),), -1))
         targets = place.targets.to(ref.device)
-        step = max(1, CHUNK_VALUES // ref.shape[1])
+        step = max(1, CHUNK_VALUES[ref.device.type] // ref.shape[1])
         for start in range(0, len(ref), step):
             part = slice(start, start + step)
             self._add(

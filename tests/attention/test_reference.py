@@ -137,3 +137,34 @@ def test_gathered_rows_give_what_the_union_of_rows_gives(monkeypatch: pytest.Mon
     assert gathered[0][3].eq(0).all()
     assert gathered[1][3].isneginf().all()
     assert gathered[0][7].isnan().any()
+
+
+@pytest.mark.parametrize("stored", ["in bf16", "in float32"])
+def test_bf16_queries_over_gathered_rows_are_exact(monkeypatch: pytest.MonkeyPatch, stored: str) -> None:
+    """As sums of bf16 terms, rows and weights keep float32's bits."""
+    draw = torch.Generator().manual_seed(8)
+    q_latent, q_rope = (torch.randn(50, 3, width, generator=draw).bfloat16() for width in (512, 64))
+    latent, rope = (torch.randn(200, width, generator=draw) for width in (512, 64))
+    if stored == "in bf16":
+        latent, rope = latent.bfloat16().float(), rope.bfloat16().float()
+    indices = torch.stack([torch.randperm(200, generator=draw)[:16] for _ in range(50)]).int()
+    monkeypatch.setattr(reference, "GATHERS_ON", {"cpu"})
+    query, keys = torch.cat([q_latent, q_rope], -1), torch.cat([latent, rope], -1)
+    rows = keys[indices.long()].double()
+    scores = torch.einsum("thc,tkc->thk", query.double(), rows) * 0.1
+    wanted = torch.einsum("thk,tkc->thc", scores.softmax(-1), rows[..., :512])
+    out, lse = reference.attend_gathered(query, keys, indices.long(), 512, 0.1)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert (out.double() - wanted).norm() / wanted.norm() < 2.0**-9  # the output's own rounding
+
+
+def test_a_product_of_terms_keeps_float32s_bits() -> None:
+    draw = torch.Generator().manual_seed(9)
+    left = torch.rand(2, 8, 64, generator=draw)
+    right = torch.randn(2, 64, 16, generator=draw) * torch.logspace(-3, 3, 16)
+    got = reference._product(*(reference._terms(x, reference.TERMS) for x in (left, right)))
+    wanted = left.double() @ right.double()
+    assert ((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max() < 1e-6
+    only = reference._product(*(reference._terms(x, 2) for x in (left, right)))
+    assert ((only - wanted).norm(dim=1) / wanted.norm(dim=1)).max() > 1e-6
