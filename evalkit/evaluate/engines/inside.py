@@ -1,0 +1,157 @@
+"""What runs inside vLLM's processes, on the model itself: proof of its path, hooks that keep tensors, scales.
+
+Each function takes the model first, as `LLM.apply_model` calls it, and works on vLLM's modules by their class names:
+`MLAAttention` (writes the cache and attends), `MultiHeadLatentAttentionWrapper` (projections, indexer, output).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Tensors of the requests since `watch`, by name; the hooks live as long.
+KEPT: dict[str, list[Tensor]] = {}
+HOOKS: list[Any] = []
+
+
+def attention_layers(model: Any) -> Iterator[tuple[int, Any]]:
+    """Number and `MLAAttention` of every decoder layer in this process."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "MLAAttention" and (found := _layer(name)) is not None:
+            yield found, module
+
+
+def describe(model: Any) -> list[dict[str, Any]]:
+    """Of every layer: backend, what its cache is made of, and the scales that it uses."""
+    return [
+        {
+            "layer": layer,
+            "backend": module.attn_backend.get_name(),
+            "implementation": type(module.impl).__name__,
+            "cache_dtype": str(module.kv_cache_dtype),
+            "cache_tensor": str(_cache(module).dtype).removeprefix("torch."),
+            "row_bytes": _cache(module).shape[-1] * _cache(module).element_size(),
+            "slots": _cache(module).shape[0] * _cache(module).shape[1],
+            "heads": module.num_heads,
+            "k_scale": float(module._k_scale),
+            "q_scale": float(module._q_scale),
+            # Without a quantisation method there is no parameter that a checkpoint's scale could be loaded into.
+            "loads_scales": type(getattr(module, "quant_method", None)).__name__.endswith("KVCacheMethod"),
+        }
+        for layer, module in attention_layers(model)
+    ]
+
+
+def set_scales(model: Any, scales: dict[int, float]) -> int:
+    """Give layers their k_scale, as the cache writer and the kernels read it; returns how many layers got one."""
+    given = 0
+    for layer, module in attention_layers(model):
+        module._k_scale.fill_(scales[layer])
+        module._k_scale_float = scales[layer]
+        if hasattr(module, "_k_scale_cpu"):
+            module._k_scale_cpu.fill_(scales[layer])
+        given += 1
+    return given
+
+
+def watch(model: Any, layers: bool) -> None:
+    """From now on keep the logits, and with `layers` what every attention layer reads and gives."""
+    forget(model)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "LogitsProcessor":
+            HOOKS.append(module.register_forward_hook(_logits))
+        number = _layer(name)
+        if not layers or number is None:
+            continue
+        if type(module).__name__ == "MLAAttention":
+            HOOKS.append(module.register_forward_hook(_attention(number)))
+        elif type(module).__name__ == "MultiHeadLatentAttentionWrapper":
+            HOOKS.append(module.register_forward_hook(_wrapper(number), with_kwargs=True))
+
+
+def forget(_model: Any) -> None:
+    """Stop keeping."""
+    while HOOKS:
+        HOOKS.pop().remove()
+    KEPT.clear()
+
+
+def take(_model: Any, path: str, tokens: int) -> dict[str, list[int]]:
+    """Write what was kept of one prompt of `tokens` tokens to a safetensors file; returns the tensors' shapes.
+
+    logits [tokens - 1, V] predict the second token to the last. Where several processes share an engine, the one that
+    has the logits writes `path`, and the others their heads or layers to `path` with their rank appended.
+
+    Raises:
+        ValueError: the prompt was not computed in one piece.
+    """
+    from safetensors.torch import save_file
+
+    found: dict[str, Tensor] = {}
+    for name, parts in KEPT.items():
+        wanted = tokens - 1 if name == "logits" else tokens
+        whole = [part for part in parts if len(part) == wanted]
+        if len(whole) != 1:
+            raise ValueError(
+                f"{name}: {[len(part) for part in parts]} rows were seen, one piece of {wanted} was expected; "
+                "raise max_num_batched_tokens"
+            )
+        found[name] = whole[0].contiguous().cpu()
+    for parts in KEPT.values():
+        parts.clear()
+    if found:
+        save_file(found, path if "logits" in found else f"{path}.rank{torch.distributed.get_rank()}")
+    return {name: list(tensor.shape) for name, tensor in found.items()}
+
+
+def _logits(_module: Any, _args: Any, logits: Tensor | None) -> None:
+    if logits is not None:
+        KEPT.setdefault("logits", []).append(logits.detach().clone())
+
+
+def _attention(layer: int) -> Any:
+    def hook(module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+        """MLAAttention(q, latent, rope, …) -> values; its rows have just been written."""
+        from vllm.forward_context import get_forward_context
+
+        query, latent, rope = args[:3]
+        slots = get_forward_context().slot_mapping[module.layer_name][: len(latent)]
+        cache = _cache(module)
+        size = cache.shape[1]
+        rows = cache[slots // size, slots % size]
+        named = {
+            "query": query,
+            "latent": latent,
+            "rope": rope.flatten(1),
+            "values": out,
+            "rows": rows.view(torch.uint8),
+            "selection": module.impl.topk_indices_buffer[: len(latent)],
+        }
+        for name, value in named.items():
+            KEPT.setdefault(f"{layer}.{name}", []).append(value.detach().clone())
+
+    return hook
+
+
+def _wrapper(layer: int) -> Any:
+    def hook(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
+        KEPT.setdefault(f"{layer}.hidden", []).append(hidden.detach().clone())
+        KEPT.setdefault(f"{layer}.output", []).append(out.detach().clone())
+
+    return hook
+
+
+def _cache(module: Any) -> Tensor:
+    """[blocks, tokens a block, row]; some versions hold it in a list, one entry a pipeline stage."""
+    cache: Tensor | list[Tensor] = module.kv_cache
+    return cache[0] if isinstance(cache, (list, tuple)) else cache
+
+
+def _layer(name: str) -> int | None:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
