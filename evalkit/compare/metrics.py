@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
-MANTISSA_SHIFT: Final = 19  # keeps a float32's exponent and the first four bits of its mantissa
-BINS: Final = 1 << (31 - MANTISSA_SHIFT)
-CHUNK_CPU: Final = 1 << 17  # values: what stays in a core's cache through the dozen passes over it
-CHUNK_GPU: Final = 1 << 24
+from evalkit.compare.sums import BINS, MANTISSA_SHIFT, Sums, sums_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,61 +88,55 @@ class Accumulator:
             )
         got, ref = (x.detach().reshape(len(ref), -1) for x in (got, ref))
         where = None if where is None else where.reshape(len(ref), -1)
-        limit = CHUNK_GPU if ref.is_cuda else CHUNK_CPU
-        rows = max(1, limit // ref.shape[1])
-        for start in range(0, len(ref), rows):
-            part = slice(start, start + rows)
-            self._add_rows(got[part].double(), ref[part].double(), None if where is None else where[part])
+        self._add(got, ref, where)
 
-    def _add_rows(self, got: Tensor, ref: Tensor, keep: Tensor | None) -> None:
-        """One chunk in float64 [t, V]; what `keep` excludes counts nowhere."""
-        if keep is not None:
-            got, ref = torch.where(keep, got, 0.0), torch.where(keep, ref, 0.0)
-        valid = ref.numel() if keep is None else int(keep.sum())
-        error = got - ref
-        # Sums of float64 squares of anything narrower cannot overflow: not finite means some value was not.
-        sums = torch.stack(
-            [
-                torch.linalg.vecdot(a.flatten(), b.flatten())
-                for a, b in ((got, got), (ref, ref), (got, ref), (error, error))
-            ]
-        )
-        if not bool(torch.isfinite(sums).all()):
-            self._add_finite_rows(got, ref, keep)
-            return
-        row_error, row_ref = error.norm(dim=1), ref.norm(dim=1)
+    def _add(self, got: Tensor, ref: Tensor, keep: Tensor | None) -> None:
+        """Rows [T, V]; what `keep` excludes counts nowhere."""
+        for part, found in sums_of(got, ref, keep):
+            # Sums of float64 squares of anything narrower cannot overflow: not finite means some value was not.
+            if bool(torch.isfinite(found.sums).all()):
+                self._add_sums(found, got[part], ref[part])
+            else:
+                self._add_finite(got[part], ref[part], None if keep is None else keep[part])
+
+    def _add_sums(self, found: Sums, got: Tensor, ref: Tensor) -> None:
+        row = int(found.largest.argmax())
+        at = int(found.at[row])
+        if self.worst is None or float(found.largest[row]) > self.worst[0]:
+            values = float(got[row, at]), float(ref[row, at])
+            self.worst = (float(found.largest[row]), self.tokens + row, at, *values)
+        got_sq, ref_sq, dot, error_sq = found.sums.sum(0).tolist()
+        self.got_sq += got_sq
+        self.ref_sq += ref_sq
+        self.dot += dot
+        self.error_sq += error_sq
+        self.histogram += found.histogram
+        norms = found.sums[:, [3, 1]].sqrt().cpu()  # of error and reference
         if self.rows is not None:
-            self.rows.append(torch.stack([row_error, row_ref], 1).cpu())
-        error.abs_()
-        bits = error.float().view(torch.int32) >> MANTISSA_SHIFT
-        counts = torch.bincount(bits.flatten(), minlength=BINS).cpu()
-        counts[0] -= ref.numel() - valid  # excluded values stand as zero errors
-        self.histogram += counts
-        for name, value in zip(("got_sq", "ref_sq", "dot", "error_sq"), sums.tolist(), strict=True):
-            setattr(self, name, getattr(self, name) + value)
-        self._note_worst(error, got, ref, keep)
-        defined = row_ref > 0
-        relative = row_error[defined] / row_ref[defined]
+            self.rows.append(norms)
+        defined = norms[:, 1] > 0
+        relative = norms[defined, 0] / norms[defined, 1]
         if len(relative):
             self.row_sum += float(relative.sum())
             self.row_max = max(self.row_max, float(relative.max()))
             self.row_count += len(relative)
         self.tokens += len(ref)
-        self.n += valid
+        self.n += int(found.histogram.sum())
 
-    def _add_finite_rows(self, got: Tensor, ref: Tensor, keep: Tensor | None) -> None:
+    def _add_finite(self, got: Tensor, ref: Tensor, keep: Tensor | None) -> None:
         """Count what is not finite in got, and add the rest."""
-        if not bool(torch.isfinite(ref).all()):
-            token, position = (int(i) for i in (~torch.isfinite(ref)).nonzero()[0])
+        bad = ~torch.isfinite(ref) if keep is None else ~torch.isfinite(ref) & keep
+        if bool(bad.any()):
+            token, position = (int(i) for i in bad.nonzero()[0])
             raise ValueError(
                 f"the reference is not finite: {float(ref[token, position])} at token {self.tokens + token}, "
                 f"position {position}; a comparison needs a finite reference"
             )
         finite = torch.isfinite(got)
-        self.nonfinite += int((~finite).sum())
-        keep = finite if keep is None else keep & finite
-        if bool(keep.any()):
-            self._add_rows(got, ref, keep)
+        wanted = finite if keep is None else keep & finite
+        self.nonfinite += int((~finite if keep is None else keep & ~finite).sum())
+        if bool(wanted.any()):
+            self._add(got, ref, wanted)
         else:
             self.tokens += len(ref)
             if self.rows is not None:
@@ -157,16 +147,6 @@ class Accumulator:
         taken = torch.cat(self.rows or [torch.empty(0, 2, dtype=torch.float64)])
         self.rows = []
         return taken
-
-    def _note_worst(self, error: Tensor, got: Tensor, ref: Tensor, keep: Tensor | None) -> None:
-        if keep is not None:
-            error = torch.where(keep, error, -1.0)
-        at = int(error.argmax())
-        token, position = divmod(at, error.shape[1])
-        largest = float(error[token, position])
-        if self.worst is None or largest > self.worst[0]:
-            values = float(got[token, position]), float(ref[token, position])
-            self.worst = (largest, self.tokens + token, position, *values)
 
     def _percentile(self, share: float) -> float | None:
         """The middle of the bin that holds the value at this rank, never beyond the largest error seen."""

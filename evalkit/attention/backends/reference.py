@@ -141,30 +141,35 @@ def attend_gathered(
     keys = torch.cat([keys, keys.new_zeros(1, keys.shape[1])])
     narrow = query.dtype == torch.bfloat16
     parts = _terms(keys, 1 if torch.equal(keys, keys.bfloat16().float()) else TERMS) if narrow else [keys]
-    for start in range(0, len(query), step):
+    whole = (numbers >= 0).all(1).split(step)
+    complete = torch.stack([part.all() for part in whole]).tolist() if whole else []
+    for number, start in enumerate(range(0, len(query), step)):
         part = slice(start, start + step)
         valid = numbers[part] >= 0
         chosen = numbers[part].where(valid, len(keys) - 1)
         rows = [x[chosen] for x in parts]  # each [t, K, C + R]
         scores = _product([query[part]], [x.transpose(1, 2) for x in rows]).mul_(sm_scale)  # [t, H, K]
-        scores.masked_fill_(~valid[:, None], -torch.inf)
-        total = scores.logsumexp(-1, keepdim=True)
-        # As in `_attend`: a query without any valid row keeps weight 0 everywhere.
-        scores.sub_(total.clamp(min=torch.finfo(torch.float32).min)).exp_()
-        weights = _terms(scores, TERMS) if narrow else [scores]
-        out[part] = _product(weights, [x[..., :width] for x in rows]).to(out.dtype)
-        lse[part] = total.squeeze(-1)
+        if not complete[number]:
+            # A query without any valid row weighs rows of zeros.
+            scores.masked_fill_((~valid & valid.any(1, keepdim=True))[:, None], -torch.inf)
+        weights = scores.softmax(-1)
+        most = scores.amax(-1)
+        # The largest weight is 1 over the sum of exponentials, unless a score is not finite.
+        lse[part] = most - weights.amax(-1).log().where(most.isfinite(), 0.0)
+        if not complete[number]:
+            lse[part].masked_fill_(~valid.any(1, keepdim=True), -torch.inf)
+        del scores
+        terms = _terms(weights, TERMS) if narrow else [weights]
+        out[part] = _product(terms, [x[..., :width] for x in rows]).to(out.dtype)
     return out, lse
 
 
 def _terms(x: Tensor, count: int) -> list[Tensor]:
     """bf16 tensors whose sum is x, largest first: all of float32's bits in three."""
     found = [x.bfloat16()]
-    rest = x
     while len(found) < count:
-        # What is left of infinity is nothing, not NaN.
-        rest = (rest - found[-1]).where(found[-1].isfinite(), 0.0)
-        found.append(rest.bfloat16())
+        x = x - found[-1]
+        found.append(x.bfloat16())
     return found
 
 

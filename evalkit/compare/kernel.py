@@ -1,0 +1,67 @@
+"""The Triton kernel of sums.py: all that one row's comparison needs, in one pass over it."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton takes an annotation for a type of its own.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_kernel(
+    got,  # [T, V] any float, rows got_stride apart
+    ref,  # [T, V] any float, rows ref_stride apart
+    keep,  # [T, V] bool, contiguous, where MASKED
+    sums,  # [T, 4] float64
+    largest,  # [T] float64
+    at,  # [T] int64
+    histogram,  # [BINS] int64, added to
+    width,  # V
+    got_stride,
+    ref_stride,
+    MASKED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program takes one row; see `sums.Sums` for what it writes."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    got_sq = tl.zeros([BLOCK], tl.float64)
+    ref_sq = tl.zeros([BLOCK], tl.float64)
+    dot = tl.zeros([BLOCK], tl.float64)
+    error_sq = tl.zeros([BLOCK], tl.float64)
+    best = tl.full([BLOCK], -1.0, tl.float64)
+    place = tl.zeros([BLOCK], tl.int32)
+    counts = tl.zeros([BINS], tl.int32)
+    start = 0
+    while start < width:
+        column = start + lane
+        inside = column < width
+        x = tl.load(got + row * got_stride + column, mask=inside, other=0.0).to(tl.float64)
+        y = tl.load(ref + row * ref_stride + column, mask=inside, other=0.0).to(tl.float64)
+        if MASKED:
+            inside = inside & (tl.load(keep + row * width + column, mask=inside, other=0) != 0)
+            x = tl.where(inside, x, 0.0)
+            y = tl.where(inside, y, 0.0)
+        error = tl.abs(x - y)
+        got_sq += x * x
+        ref_sq += y * y
+        dot += x * y
+        error_sq += error * error
+        larger = inside & (error > best)
+        best = tl.where(larger, error, best)
+        place = tl.where(larger, column, place)
+        bits = error.to(tl.float32).to(tl.int32, bitcast=True) >> SHIFT
+        # The bin of a NaN is no bin; whoever reads the sums sees it there.
+        counts += tl.histogram(tl.where(bits < BINS, bits, 0), BINS, mask=inside)
+        start += BLOCK
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(histogram + bins, counts.to(tl.int64), mask=counts > 0)
+    tl.store(sums + row * 4, tl.sum(got_sq))
+    tl.store(sums + row * 4 + 1, tl.sum(ref_sq))
+    tl.store(sums + row * 4 + 2, tl.sum(dot))
+    tl.store(sums + row * 4 + 3, tl.sum(error_sq))
+    most = tl.max(best)
+    tl.store(largest + row, most)
+    tl.store(at + row, tl.min(tl.where(best == most, place, width)).to(tl.int64))
