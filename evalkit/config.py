@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 
 from evalkit.errors import InputError
 
-STAGES = ("layers", "tasks")
+STAGES = ("layers", "kld", "tasks")
 WORDS = {
     str: "text",
     int: "an integer",
@@ -44,19 +44,23 @@ class RunConfig:
         layers_prompt_tokens: prefilled tokens of each compared prompt.
         layers_decode_tokens: tokens then decoded one by one.
         phase_tokens: of each compared prompt, for the comparison of phases; 0 leaves it out, as streamed weights do.
-        layers_prompts: a text file to compare layers on; None generates documents.
+        layers_prompts: a text file to compare layers on, or JSON lines, a text a line; None generates documents.
+        layers_documents: how many texts; from 40 on, mean KL divergence has an interval.
         layers_frozen: whether candidates also run with selection and routing frozen to the reference's; None is false
             for a streamed checkpoint only.
         attribution: whether to find out which component of a candidate its loss comes from.
         attribution_documents: how many of the compared prompts that is done on.
         attribution_tokens: how many of their first tokens.
+        kld_texts: text files to find KL divergence on; empty finds none on texts.
+        kld_run: a run whose baseline's prompts and answers to find it on.
+        kld_tokens: how many tokens of a text are read at once.
         tasks: names of tasks to score; empty scores none.
         task_documents: documents of each task, the same for every candidate.
         data: a folder for tasks that read files, as docs/tasks.md names them.
         batch_size: documents scored together.
         policy: the policy that the run is for, stored before anything is scored; its planted damage is scored too.
         seed: of every random choice.
-        stages: what a run does of `layers` and `tasks`.
+        stages: what a run does of `layers`, `kld` and `tasks`.
         out: the directory of runs.
     """
 
@@ -71,10 +75,14 @@ class RunConfig:
     layers_decode_tokens: int = 32
     phase_tokens: int = 768
     layers_prompts: Path | None = None
+    layers_documents: int = 1
     layers_frozen: bool | None = None
     attribution: bool = False
     attribution_documents: int = 1
     attribution_tokens: int = 1024
+    kld_texts: tuple[str, ...] = ()
+    kld_run: Path | None = None
+    kld_tokens: int = 2048
     tasks: tuple[str, ...] = ()
     task_documents: int = 24
     data: Path | None = None
@@ -98,12 +106,14 @@ class RunConfig:
             raise InputError('candidates is empty: name at least one, or "default"')
         if not self.stages or not set(self.stages) <= set(STAGES):
             raise InputError(
-                f"stages is {', '.join(self.stages) or 'empty'}: give {' or '.join(STAGES)}, or both"
+                f"stages is {', '.join(self.stages) or 'empty'}: give some of {', '.join(STAGES)}"
             )
         least = {
             "layers_prompt_tokens": 1,
             "phase_tokens": 0,
             "layers_decode_tokens": 0,
+            "layers_documents": 1,
+            "kld_tokens": 2,
             "attribution_documents": 1,
             "attribution_tokens": 1,
             "task_documents": 1,

@@ -25,9 +25,11 @@ from evalkit.compare.layers import calibrate, compare, count_passes
 from evalkit.compare.state import LayerState, signature
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
+from evalkit.evaluate import kld
 from evalkit.evaluate.documents import calibration_documents, generated_tokens, range_documents
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
+from evalkit.evaluate.texts import read_texts
 from evalkit.gate.evidence import damage_arm
 from evalkit.gate.policy import Policy
 from evalkit.gate.policy import load as load_policy
@@ -55,6 +57,8 @@ from evalkit.report import html, markdown, terminal
 from evalkit.stats import paired
 
 DEFAULT_CANDIDATES = ("bf16", "fp8_e4m3:one", "fp8_e4m3:calibrated", "fp8_ds_mla")
+# Between the seeds of compared documents, so that calibration's lie between them.
+DOCUMENT_STEP = 1_000
 # What a run's numbers depend on beyond its configuration: it cannot go on where one differs.
 SAME_FACTS = ("checkpoint_sha256", "device", "gpu", "dtype")
 
@@ -77,6 +81,7 @@ def run(config: RunConfig, resume: Path | None = None) -> Path:
         find_divergence(directory)
         compare_phases(directory, prepared)
         attribute_loss(directory, prepared)
+        compare_tokens(directory, prepared)
         score_tasks(directory, prepared)
         write_report(directory)
     return directory.path
@@ -89,6 +94,7 @@ class Prepared:
     ranges: what the profile made of the model, layer by layer; empty where it is `native`.
     requested: each candidate as it was asked for, in the order of `candidates`; the first is the bf16 baseline.
     documents: token ids [T] for the layer comparison.
+    passages: what KL divergence is found on.
     calibration: token ids [T] on which a streamed checkpoint's scales are found layer by layer; otherwise `scales` has
         them.
     """
@@ -103,6 +109,7 @@ class Prepared:
     candidates: tuple[Candidate, ...]
     scales: Mapping[Candidate, Mapping[int, Scales]]
     documents: Sequence[Tensor]
+    passages: Sequence[kld.Passage]
     calibration: Sequence[Tensor]
 
 
@@ -140,6 +147,7 @@ def prepare(config: RunConfig) -> Prepared:
     if "tasks" in config.stages and config.tasks:
         tasks = load_tasks(config.tasks, config.task_documents, config.seed, config.data)
         refuse_long_prompts(lm, tasks, config.task_documents)
+    passages = _passages(config, checkpoint, lm) if "kld" in config.stages else []
     # Before calibration: scales are for the ranges that are stored.
     texts = range_documents(lm.tok_encode, lm.max_length)
     with progress("ranges", 0 if profile.is_native else 2 * len(texts)) as advance:
@@ -161,6 +169,7 @@ def prepare(config: RunConfig) -> Prepared:
         candidates=candidates,
         scales=scales,
         documents=documents,
+        passages=passages,
         calibration=calibration if streamed else [],
     )
 
@@ -282,6 +291,18 @@ def attribute_loss(directory: RunDirectory, prepared: Prepared) -> None:
     with directory.stage("attribution") as write, progress("attribution", passes) as advance:
         for record in attribution.attribute(
             prepared.model, documents, prepared.candidates, scales=prepared.scales, advance=advance
+        ):
+            write.write(record)
+
+
+def compare_tokens(directory: RunDirectory, prepared: Prepared) -> None:
+    """KL divergence of every candidate's next token on given texts, or on another run's answers."""
+    if not prepared.passages or directory.done("kld"):
+        return
+    passes = kld.count_passes(prepared.passages, prepared.candidates)
+    with directory.stage("kld") as write, progress("kld", passes) as advance:
+        for record in kld.divergences(
+            prepared.model, prepared.passages, prepared.candidates, scales=prepared.scales, advance=advance
         ):
             write.write(record)
 
@@ -408,14 +429,39 @@ def _documents(config: RunConfig, lm: EvalkitLM) -> list[Tensor]:
             f"layers_prompt_tokens + layers_decode_tokens is {wanted}, the model holds {longest}: ask for fewer"
         )
     if config.layers_prompts is None:
-        return [generated_tokens(lm.tok_encode, wanted, config.seed)]
-    ids = lm.tok_encode(config.layers_prompts.read_text(encoding="utf-8"))[:wanted]
-    if len(ids) < wanted:
+        seeds = range(config.seed, config.seed + DOCUMENT_STEP * config.layers_documents, DOCUMENT_STEP)
+        return [generated_tokens(lm.tok_encode, wanted, seed) for seed in seeds]
+    texts = list(read_texts(config.layers_prompts))[: config.layers_documents]
+    if len(texts) < config.layers_documents:
         raise InputError(
-            f"{config.layers_prompts} holds {len(ids)} tokens, the layer comparison takes {wanted}: give a longer "
-            "text or lower layers_prompt_tokens"
+            f"{config.layers_prompts} holds {len(texts)} texts, layers_documents is {config.layers_documents}"
         )
-    return [torch.tensor(ids)]
+    found = []
+    for where, text in texts:
+        ids = lm.tok_encode(text)[:wanted]
+        if len(ids) < wanted:
+            raise InputError(
+                f"{where} holds {len(ids)} tokens, the layer comparison takes {wanted}: give a longer text or lower "
+                "layers_prompt_tokens"
+            )
+        found.append(torch.tensor(ids))
+    return found
+
+
+def _passages(config: RunConfig, checkpoint: Path, lm: EvalkitLM) -> list[kld.Passage]:
+    """What the configuration names to find KL divergence on.
+
+    Raises:
+        InputError: a text or run cannot be used, or the stage kld was asked for alone and nothing to do it on.
+    """
+    if config.kld_tokens > lm.max_length:
+        raise InputError(f"kld_tokens is {config.kld_tokens}, the model holds {lm.max_length}: ask for fewer")
+    found = kld.passages_of_files([Path(file) for file in config.kld_texts], lm.tok_encode, config.kld_tokens)
+    if config.kld_run is not None:
+        found += kld.passages_of_run(config.kld_run, lm, environment.sha256(checkpoint))
+    if not found and config.stages == ("kld",):
+        raise InputError("no text to compare on: give --text FILE or --transcripts RUN")
+    return found
 
 
 def _scales(
@@ -440,11 +486,13 @@ def _refuse_streamed(config: RunConfig) -> None:
     """Refuse what needs all weights at once.
 
     Raises:
-        InputError: tasks are asked for, a profile, or attribution of calibrated candidates.
+        InputError: tasks are asked for, KL divergence on texts, a profile, or attribution of calibrated candidates.
     """
     place = f"{config.checkpoint} is streamed, one layer's weights at a time"
     if "tasks" in config.stages and config.tasks:
         raise InputError(f"{place}: tasks take them all, so run `evalkit layers`, or leave tasks empty")
+    if "kld" in config.stages and (config.kld_texts or config.kld_run is not None):
+        raise InputError(f"{place}: kld takes them all, so leave kld_texts and kld_run empty")
     if config.profile != "native":
         raise InputError(f"{place}: profile {config.profile} takes them all, so leave it native")
     if config.attribution and any(":calibrated" in text for text in _requested(config)):

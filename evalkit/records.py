@@ -28,11 +28,14 @@ from typing import Any, Self, TypeVar
 from evalkit.errors import InputError
 from evalkit.schema import (
     SCHEMA,
+    AnswerLengthRecord,
+    AnswerShareRecord,
     AttributionRecord,
     CandidateRecord,
     ConfidenceRecord,
     DivergenceRecord,
     EnvironmentRecord,
+    FirstDifferenceRecord,
     FloorRecord,
     LayerRecord,
     MissingScaleRecord,
@@ -55,11 +58,14 @@ from evalkit.schema import (
 )
 
 __all__ = [
+    "AnswerLengthRecord",
+    "AnswerShareRecord",
     "AttributionRecord",
     "CandidateRecord",
     "ConfidenceRecord",
     "DivergenceRecord",
     "EnvironmentRecord",
+    "FirstDifferenceRecord",
     "FloorRecord",
     "LayerRecord",
     "MissingScaleRecord",

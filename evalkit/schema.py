@@ -6,7 +6,7 @@ shows a number under a meaning that has changed.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -150,7 +150,8 @@ class TokenRecord(Record):
     """KL divergence of the candidate's next-token distribution from the reference's, in nats.
 
     Over `targets` tokens whose successor the document holds: `delta_p` is the candidate's probability of it minus the
-    reference's. Of the `disagreed` top-1s, those where the reference or the candidate names it.
+    reference's. Of the `disagreed` top-1s, those where the reference or the candidate names it. `phase` text, prompt
+    and response are of a whole text at once, and `source` is the file or task that it comes from.
     """
 
     kind: ClassVar[str] = "kld"
@@ -175,6 +176,7 @@ class TokenRecord(Record):
     delta_p_rms: float | None
     targets: int
     n: int
+    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,8 +397,9 @@ class TaskRecord(Record):
 class SampleRecord(Record):
     """One document's answer; it lies in samples/, not in records.jsonl.
 
-    `truncated`: it ended at its length limit instead of a stop. Both it and `generated_tokens` are None where nothing
-    was generated.
+    `truncated`: it ended at its length limit instead of a stop. `generated_text` precedes the stop and any filter,
+    `generated_ids` end in the stop, and `generated_chars` says how many characters each of these adds to the text. All
+    of these are None where nothing was generated. `prompt_end` is the end of what was sent.
     """
 
     kind: ClassVar[str] = "sample"
@@ -411,6 +414,72 @@ class SampleRecord(Record):
     generated_tokens: int | None
     truncated: bool | None
     response: str
+    target: str | None = None
+    prompt_end: str | None = None
+    generated_text: str | None = None
+    generated_ids: list[int] | None = None
+    generated_chars: list[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerShareRecord(Record):
+    """How many of n answers are `measure`: degenerate, empty or length-limited (evaluate/answers.py defines them).
+
+    `difference` is the candidate's share less the baseline's on the same documents; `share` has Wilson's interval.
+    """
+
+    kind: ClassVar[str] = "answer_share"
+    candidate: str
+    baseline: str
+    task: str
+    measure: str
+    count: int
+    share: float
+    share_lower: float | None
+    share_upper: float | None
+    baseline_count: int
+    difference: float
+    difference_lower: float | None
+    difference_upper: float | None
+    interval_method: str
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerLengthRecord(Record):
+    """Generated tokens of n answers, their stop included, and the mean difference from the baseline's."""
+
+    kind: ClassVar[str] = "answer_length"
+    candidate: str
+    baseline: str
+    task: str
+    mean_tokens: float
+    baseline_mean_tokens: float
+    difference_tokens: float
+    lower_tokens: float | None
+    upper_tokens: float | None
+    interval_method: str
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstDifferenceRecord(Record):
+    """How often an answer leaves the baseline's: `differing` of n, over the tokens up to there and of all others.
+
+    `per_1000_tokens` is 1,000 * differing / tokens_at_risk; a token after the first that differs is not at risk.
+    """
+
+    kind: ClassVar[str] = "first_difference"
+    candidate: str
+    baseline: str
+    task: str
+    differing: int
+    tokens_at_risk: int
+    per_1000_tokens: float
+    lower: float | None
+    upper: float | None
+    interval_method: str
+    n: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -453,6 +522,11 @@ class StageRecord(Record):
 
 
 KINDS: dict[str, type[Record]] = {cls.kind: cls for cls in Record.__subclasses__()}
+# Fields that records of earlier versions lack.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    kind: {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+    for kind, cls in KINDS.items()
+}
 HINTS: dict[str, dict[str, Any]] = {
     kind: {name: hint for name, hint in get_type_hints(cls).items() if get_origin(hint) is not ClassVar}
     for kind, cls in KINDS.items()
@@ -491,6 +565,7 @@ def from_values(values: object, where: str) -> Record:
         raise InputError(f"{where}: kind {kind!r} is unknown; known are {', '.join(sorted(KINDS))}")
     cls = KINDS[kind]
     hints = HINTS[kind]
+    values = DEFAULTS[kind] | values
     if values.keys() != hints.keys():
         missing, unknown = sorted(hints.keys() - values.keys()), sorted(values.keys() - hints.keys())
         raise InputError(

@@ -27,15 +27,15 @@ RANK = {
     "model": 5,
     "train": 6,
     "compare": 6,
-    "evaluate": 6,
+    "evaluate": 7,
     "gate": 6,
     "report": 6,
-    "pipeline": 7,
-    "calibrate": 7,
-    "doctor": 7,
-    "ranges": 8,
-    "commands": 9,
-    "cli": 10,
+    "pipeline": 8,
+    "calibrate": 8,
+    "doctor": 8,
+    "ranges": 9,
+    "commands": 10,
+    "cli": 11,
 }
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

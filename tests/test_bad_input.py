@@ -114,7 +114,7 @@ def rewrite(path: Path, content: str | bytes) -> None:
         ({"tasks": "evalkit_needle_102"}, ["unknown task evalkit_needle_102", "evalkit_needle_1024"]),
         ({"tasks": "evalkit_needle_1024,evalkit_needle_1024"}, ["task evalkit_needle_1024", "2 times"]),
         ({"stages": "tasks"}, ["tasks is empty", "evalkit_needle_1024"]),
-        ({"stages": "layer"}, ["stages is layer", "layers or tasks"]),
+        ({"stages": "layer"}, ["stages is layer", "give some of layers, kld, tasks"]),
         ({"out": "checkpoint/config.json"}, ["out is checkpoint/config.json", "is a file"]),
         ({"out": "checkpoint/config.json/runs"}, ["out is checkpoint/config.json/runs", "is a file"]),
         ({"out": "/proc/runs"}, ["no run directory can be made in /proc/runs"]),

@@ -53,6 +53,32 @@ def layers(config: Config = None, set_: Set = None) -> None:
 
 
 @app.command()
+def kld(
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A text, or JSON lines, a text a line; repeatable."),
+    ] = None,
+    transcripts: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="What a run's baseline was asked and answered.")
+    ] = None,
+    config: Config = None,
+    set_: Set = None,
+) -> None:
+    """KL divergence of every candidate's next token from the reference's, on any text or on a run's answers.
+
+    Example: evalkit kld --text book.txt --set candidates=bf16@reference,fp8_ds_mla@reference
+    """
+    asked = RunConfig.load(config, set_ or ())
+    if text:
+        asked = asked.with_values(kld_texts=tuple(map(str, text)))
+    if transcripts is not None:
+        asked = asked.with_values(kld_run=transcripts)
+    from evalkit import pipeline
+
+    print(pipeline.run(asked.with_values(stages=("kld",))))
+
+
+@app.command()
 def tasks(config: Config = None, set_: Set = None) -> None:
     """Score tasks on the same documents for every candidate.
 

@@ -98,7 +98,7 @@ def candidates(records: Sequence[Record]) -> Table:
         title="Candidates",
         caption=(
             "Relative L2 of the attention output against the reference at its worst layer, in decode where there is one; mean KL "
-            "divergence of the next token in nats, over the n tokens of the phase that has most"
+            "divergence of the next token in nats, over the n tokens of the phase or text that has most"
             + ("; loss of score in points against the baseline, with its interval." if names else ".")
             + _under_profile(records)
         ),
@@ -260,17 +260,28 @@ def tokens(records: Sequence[Record]) -> Table:
     return Table(
         key="tokens",
         title="Next-token divergence",
-        caption="KL(reference ‖ candidate) in nats over n tokens, and how often both rank the same token first.",
-        columns=("candidate", "phase", "frozen", "mean", "p50", "p90", "p99", "max", "same top-1", "n"),
+        caption=(
+            "KL(reference ‖ candidate) in nats over n tokens, and how often both rank the same token first. The mean's 95 % interval "
+            "is a studentised bootstrap by document, from 40 documents on; p99.9 from 100 documents and 25,000 tokens on."
+        ),
+        columns=(
+            "candidate", "tokens of", "frozen", "mean", "p50", "p90", "p99", "p99.9", "max", "same top-1", "documents", "n",
+        ),
         rows=tuple(
             (
-                r.candidate, r.phase, r.frozen, number(r.kl_mean_nats), number(r.kl_p50_nats), number(r.kl_p90_nats),
-                number(r.kl_p99_nats), number(r.kl_max_nats), share(r.top1_agreement), f"{r.n:,}",
+                r.candidate, tokens_of(r), r.frozen, f"{number(r.kl_mean_nats)} {interval(r.kl_mean_lower_nats, r.kl_mean_upper_nats, number)}",
+                number(r.kl_p50_nats), number(r.kl_p90_nats), number(r.kl_p99_nats), number(r.kl_p999_nats), number(r.kl_max_nats),
+                share(r.top1_agreement), f"{r.documents:,}", f"{r.n:,}",
             )
             for r in _ordered(records, only(records, TokenRecord))
         ),
         text_columns=3,
     )  # fmt: skip
+
+
+def tokens_of(record: TokenRecord) -> str:
+    """Which tokens a divergence is over: a phase, or what part of which text."""
+    return f"{record.phase}, {record.source}" if record.source else record.phase
 
 
 def tasks(records: Sequence[Record]) -> Table:

@@ -19,7 +19,7 @@ from evalkit.records import (
     WorstTokenRecord,
     only,
 )
-from evalkit.report.tables import NA, Table, interval, is_control, layer_name, number, share
+from evalkit.report.tables import NA, Table, interval, is_control, layer_name, number, share, tokens_of
 
 KERNEL = "floor:kernel"
 REFERENCE = "bf16@reference"
@@ -222,15 +222,14 @@ def direction(records: Sequence[Record]) -> Table:
         caption=(
             "Volume: tokens whose top-1 differs. Direction: of those, how often the text bears out the reference, the candidate, or "
             "neither. Δp: the candidate's probability of the following token less the reference's, in points, over the tokens that "
-            "have one. The mean's interval is a studentised bootstrap by document, from 40 documents on."
+            "have one."
         ),
-        columns=("candidate", "phase", "frozen", "top-1 differs", "reference right", "candidate right", "neither", "Δp mean", "Δp rms", "KL 95 %", "p99.9", "documents", "n"),
+        columns=("candidate", "tokens of", "frozen", "top-1 differs", "reference right", "candidate right", "neither", "Δp mean", "Δp rms", "documents", "n"),
         rows=tuple(
             (
-                r.candidate, r.phase, r.frozen, f"{r.disagreed:,} ({share(r.disagreed / r.n)})", f"{r.reference_right:,}",
+                r.candidate, tokens_of(r), r.frozen, f"{r.disagreed:,} ({share(r.disagreed / r.n)})", f"{r.reference_right:,}",
                 f"{r.candidate_right:,}", f"{r.disagreed - r.reference_right - r.candidate_right:,}", _signed(r.delta_p_mean),
-                NA if r.delta_p_rms is None else number(100 * r.delta_p_rms), interval(r.kl_mean_lower_nats, r.kl_mean_upper_nats, number),
-                number(r.kl_p999_nats), f"{r.documents:,}", f"{r.n:,}",
+                NA if r.delta_p_rms is None else number(100 * r.delta_p_rms), f"{r.documents:,}", f"{r.n:,}",
             )
             for r in _ordered(records, only(records, TokenRecord))
         ),
