@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +13,17 @@ from transformers.utils.logging import disable_progress_bar
 from evalkit import __version__, environment, kv
 from evalkit.compare import layers
 from evalkit.errors import InputError
-from evalkit.evaluate.documents import Encode, calibration_documents
+from evalkit.evaluate.documents import Encode, calibration_documents, range_documents
 from evalkit.evaluate.lm import EvalkitLM
+from evalkit.evaluate.texts import text_of_line
 from evalkit.kv import Scales
 from evalkit.kv.scale_files import refuse_file, refuse_overlay, write_overlay, write_scales
+from evalkit.model import rescale
 from evalkit.model.load import load, resolve_checkpoint
+from evalkit.model.profile import load_profile
 from evalkit.progress import progress
 
 FORMAT = "fp8_e4m3"  # whose one scale for latent and rope a checkpoint's k_scale is
-TEXT_FIELDS = ("text", "prompt")
 
 
 def calibrate(
@@ -34,6 +35,8 @@ def calibrate(
     prompts: Path | None = None,
     tokens: int = 2048,
     seed: int = 0,
+    profile: str = "native",
+    parts: Sequence[str] = layers.PARTS,
     device: str | None = None,
     replace: bool = False,
 ) -> dict[int, Scales]:
@@ -47,6 +50,8 @@ def calibrate(
         prompts: a file, see `read_prompts`; None generates the documents that a run's `:calibrated` scales come from.
         tokens: of each prompt, the first ones; of a generated document, its length.
         seed: of the generated documents.
+        profile: the ranges that the checkpoint is given first, as a run under that profile gives it.
+        parts: which of latent and rope the scale is to fit; vLLM #42956 fitted the latent alone.
         device: as torch names it; None takes the GPU where there is one.
         replace: whether an existing `out` or overlay is replaced.
 
@@ -56,6 +61,7 @@ def calibrate(
     directory = resolve_checkpoint(checkpoint)
     if not 0 < percentile <= 100:
         raise InputError(f"--percentile is {percentile:g}: above 0 and at most 100 is right")
+    ranges = load_profile(profile)
     if into is not None:
         refuse_overlay(directory, into, replace=replace)
     if out is not None:
@@ -71,12 +77,15 @@ def calibrate(
         documents = calibration_documents(lm.tok_encode, length, seed)
     else:
         documents = _encoded(lm.tok_encode, texts, length)
+    rescale.apply(model, ranges, range_documents(lm.tok_encode, lm.max_length))
     passes = int(model.config.num_hidden_layers) * len(documents)
     with progress("calibrate", passes) as advance:
-        scales = layers.calibrate(model, documents, kv.get(FORMAT), advance, percentile)
+        scales = layers.calibrate(model, documents, kv.get(FORMAT), advance, percentile, parts)
     metadata = {
         "method": "max" if percentile == 100 else f"percentile {percentile:g}",
         "kv_format": FORMAT,
+        "fitted": ", ".join(parts),
+        "profile": profile,
         "prompts": f"generated, seed {seed}" if prompts is None else prompts.name,
         "documents": str(len(documents)),
         "tokens": str(sum(map(len, documents))),
@@ -105,24 +114,12 @@ def read_prompts(file: Path) -> list[str]:
         raise InputError(f"--prompts: {file} is not UTF-8 text: {error}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if file.suffix == ".jsonl":
-        texts = [_text(line, f"--prompts: {file}, line {number}") for number, line in numbered]
+        texts = [text_of_line(line, f"--prompts: {file}, line {number}") for number, line in numbered]
     else:
         texts = [line for _, line in numbered]
     if not texts:
         raise InputError(f"--prompts: {file} holds no prompt: one a line is needed")
     return texts
-
-
-def _text(line: str, where: str) -> str:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if isinstance(found, dict):
-        found = next((found[name] for name in TEXT_FIELDS if name in found), None)
-    if not isinstance(found, str) or not found.strip():
-        raise InputError(f"{where}: a string or an object with the text in 'text' or 'prompt' is needed")
-    return found
 
 
 def _encoded(encode: Encode, texts: Sequence[str], length: int) -> list[Tensor]:

@@ -15,6 +15,7 @@ from evalkit.calibrate import calibrate, read_prompts
 from evalkit.errors import InputError
 from evalkit.kv import Scales
 from evalkit.kv.scale_files import SCALES_FILE
+from evalkit.records import RangeRecord, only, read
 
 
 def exit_code(*arguments: str) -> object:
@@ -123,3 +124,34 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFi
     assert out[0].endswith(" over 4 layers")
     assert out[1] == str(file)
     assert exit_code("--out", str(file), "--tokens", "40", "--device", "cpu") == 64
+
+
+def test_under_a_profile_a_scale_of_the_latent_alone_is_named_with_the_layers_whose_rope_it_saturates(
+    tmp_path: Path,
+) -> None:
+    """vLLM #42956, from the command line."""
+    made = tmp_path / "latent-only"
+    ranges = ["--profile", "deepseek-v3.2", "--device", "cpu", "--tokens", "256"]
+    assert exit_code("--into", str(made), "--part", "latent", *ranges) == 0
+    with safe_open(made / SCALES_FILE, framework="pt") as file:
+        assert (file.metadata()["fitted"], file.metadata()["profile"]) == ("latent", "deepseek-v3.2")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(
+            [
+                "layers",
+                *("--set", f"checkpoint={made}", "--set", "candidates=bf16,fp8_e4m3:checkpoint@reference"),
+                *("--set", f"out={tmp_path}", "--set", "profile=deepseek-v3.2", "--set", "device=cpu"),
+                *("--set", "layers_prompt_tokens=256", "--set", "layers_decode_tokens=0"),
+                *("--set", "phase_tokens=0"),
+            ]
+        )
+    assert caught.value.code == 0
+    (run,) = (path for path in tmp_path.iterdir() if (path / "summary.md").exists())
+    found = {
+        record.layer: record.saturated_share
+        for record in only(read(run), RangeRecord)
+        if record.candidate.startswith("fp8_e4m3") and record.part == "rope"
+    }
+    assert sum(share > 0.01 for share in found.values()) == len(found) > 1
+    summary = (run / "summary.md").read_text()
+    assert "- fp8_e4m3:checkpoint@reference: rope saturates in layers 0-3; most in layer " in summary

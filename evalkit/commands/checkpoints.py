@@ -19,6 +19,13 @@ class CalibrationMethod(StrEnum):
     percentile = "percentile"
 
 
+class CalibrationPart(StrEnum):
+    """What shares a per-tensor scale."""
+
+    latent = "latent"
+    rope = "rope"
+
+
 @app.command()
 def calibrate(
     checkpoint: Annotated[
@@ -48,6 +55,13 @@ def calibrate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, at most.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the generated documents.")] = 0,
+    profile: Annotated[
+        str, typer.Option(help="Ranges that the checkpoint is given first, as in `--set profile=`.")
+    ] = "native",
+    part: Annotated[
+        list[CalibrationPart] | None,
+        typer.Option(help="What the scale is to fit; once for each.  [default: latent and rope]"),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what was written before.")] = False,
 ) -> None:
@@ -72,6 +86,8 @@ def calibrate(
         prompts=prompts,
         tokens=tokens,
         seed=seed,
+        profile=profile,
+        parts=[one.value for one in part or CalibrationPart],
         device=device,
         replace=force,
     )

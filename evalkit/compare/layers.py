@@ -135,11 +135,12 @@ def calibrate(
     format: RowFormat,
     advance: Advance | None = None,
     percentile: float = 100,
+    parts: Sequence[str] = PARTS,
 ) -> dict[int, Scales]:
     """Scales that saturate neither latent nor rope of these documents, by layer.
 
     `advance` is called once for each layer and document. With a `percentile` below 100, up to the rest of latent
-    and of rope may saturate.
+    and of rope may saturate; with one of both in `parts`, all of the other.
 
     Raises:
         InputError: there is no document, a layer stores nothing but zeros or what is not finite, or the percentile
@@ -149,7 +150,8 @@ def calibrate(
     stream, found = LayerStream(model, documents, [], 0, advance or _nothing), {}
     for layer in range(model.config.num_hidden_layers):
         sizes = stream.magnitudes(layer)
-        found[layer] = format.calibrate(*(sizes[part].percentile(percentile) for part in PARTS))
+        fitted = [sizes[part].percentile(percentile) if part in parts else 0.0 for part in PARTS]
+        found[layer] = format.calibrate(*fitted)
     return found
 
 

@@ -8,7 +8,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from evalkit.records import EnvironmentRecord, Record, RunDirectory, TaskRecord, only, read, write_whole
-from evalkit.report import attribution, plots, tables, where
+from evalkit.report import attribution, plots, ranges, tables, where
+from evalkit.report.answers import answers
 
 
 def write(run: Path) -> Path:
@@ -56,7 +57,12 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         documents=sorted({(r.task, r.n) for r in only(records, TaskRecord)}),
         first=[
             table
-            for table in (tables.verdicts(records), tables.candidates(records), tables.tasks(records))
+            for table in (
+                tables.verdicts(records),
+                tables.candidates(records),
+                tables.tasks(records),
+                answers(records),
+            )
             if table.rows
         ],
         more=[
@@ -94,5 +100,6 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         shares=shares,
         attribution=attribution.table(records),
         blame=attribution.sentences(records),
+        faults=ranges.sentences(records),
         library=Markup(plots.library() if views or losses or shares or places else ""),  # noqa: S704 - plotly.js, from its own package
     )

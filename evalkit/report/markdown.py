@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evalkit.records import EnvironmentRecord, Record, RunDirectory, only, read, write_whole
-from evalkit.report import attribution, tables
+from evalkit.report import attribution, ranges, tables
+from evalkit.report.answers import answers
 from evalkit.report.tables import Table
 
 
@@ -28,10 +29,20 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
             f"{record.checkpoint} ({record.checkpoint_sha256[:12]}) on {where}, {record.dtype}, {record.started_utc}.",
             "",
         ]
-    shown = (tables.verdicts, tables.candidates, tables.layers, tables.tasks, tables.scoring, tables.tokens)
+    shown = (
+        tables.verdicts,
+        tables.candidates,
+        tables.layers,
+        tables.tasks,
+        answers,
+        tables.scoring,
+        tables.tokens,
+    )
     for table in (make(records) for make in shown):
         if table.rows:
             lines += [f"## {table.title}", "", table.caption, "", *_rows(table), ""]
+    if faults := ranges.sentences(records):
+        lines += ["## Ranges", "", *(f"- {one}" for one in faults), ""]
     if blame := attribution.sentences(records):
         table = attribution.table(records)
         lines += [

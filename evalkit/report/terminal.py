@@ -9,11 +9,12 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from evalkit.records import read
-from evalkit.report import attribution, tables
+from evalkit.report import attribution, ranges, tables
+from evalkit.report.answers import answers
 from evalkit.report.tables import Table
 
 # Columns that summary.md and report.html have room for.
-LEFT_TO_FILES = ("loss:",)
+LEFT_TO_FILES = ("loss:", "Δ ")
 
 
 def show(run: Path, console: Console | None = None) -> None:
@@ -25,12 +26,17 @@ def show(run: Path, console: Console | None = None) -> None:
     # A log has no width of its own, and 80 columns would fold its numbers.
     console = console or Console(width=None if sys.stdout.isatty() else 132)
     records = read(run)
-    for table in (tables.candidates(records), tables.layers(records), tables.tasks(records)):
+    for table in (
+        tables.candidates(records),
+        tables.layers(records),
+        tables.tasks(records),
+        answers(records),
+    ):
         if table.rows:
             console.print(_rich(table))
             console.print(Text(table.caption, style="dim"))
             console.print()
-    for sentence in attribution.sentences(records):
+    for sentence in [*ranges.sentences(records), *attribution.sentences(records)]:
         console.print(Text(sentence))
 
 
