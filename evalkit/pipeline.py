@@ -25,7 +25,7 @@ from evalkit.compare.layers import calibrate, compare, count_passes
 from evalkit.compare.state import LayerState, signature
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
-from evalkit.evaluate import kld
+from evalkit.evaluate import answers, kld
 from evalkit.evaluate.documents import calibration_documents, generated_tokens, range_documents
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
@@ -83,6 +83,7 @@ def run(config: RunConfig, resume: Path | None = None) -> Path:
         attribute_loss(directory, prepared)
         compare_tokens(directory, prepared)
         score_tasks(directory, prepared)
+        compare_answers(directory)
         write_report(directory)
     return directory.path
 
@@ -344,6 +345,14 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
                     before = _samples(directory, against, scored.task)
                     for record in _task_records(name, against, before, scored, topk):
                         write.write(record)
+
+
+def compare_answers(directory: RunDirectory) -> None:
+    """Degenerate, empty and cut-off answers, their lengths, and where they leave the baseline's, from the samples."""
+    if only(directory.read(), TaskRecord) and not directory.done("answers"):
+        with directory.stage("answers") as write:
+            for record in answers.compare_answers(directory.read(), read_samples(directory.path)):
+                write.write(record)
 
 
 def write_report(directory: RunDirectory) -> None:

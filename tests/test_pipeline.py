@@ -98,7 +98,7 @@ def without_times(records: Sequence[Record]) -> list[dict[str, Any]]:
 def test_every_stage_is_recorded_in_its_order(run: RunDirectory):
     assert stages(run)[:4] == ["environment", "layers", "divergence", "phases"]
     assert set(stages(run)[4:6]) == {f"tasks {name}" for name in (CANDIDATES[0], CONTROL)}
-    assert stages(run)[6:] == [*(f"tasks {name}" for name in CANDIDATES[1:]), "report"]
+    assert stages(run)[6:] == [*(f"tasks {name}" for name in CANDIDATES[1:]), "answers", "report"]
 
 
 def test_records_of_every_kind_are_there_for_every_candidate(run: RunDirectory):
