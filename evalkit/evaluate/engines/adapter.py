@@ -26,15 +26,16 @@ def start(launch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         InputError: vLLM is missing, or this version or this GPU lacks what was asked for.
     """
     vllm = _vllm()
+    llm = vllm.LLM  # first, as its modules import each other in the order that this one begins
     backend = _backend(launch, vllm.__version__)
     repairs = []
     if launch["format"] == "fp8_ds_mla" and repair.needed():
         repair.repair()
         repairs.append(repair.STATED)
     wanted = _arguments(launch, backend, bool(repairs))
-    refuse_unknown(wanted, arguments_of(vllm.LLM), vllm.__version__)
+    refuse_unknown(wanted, arguments_of(llm), vllm.__version__)
     said = {"vllm": vllm.__version__, "backend": backend, "repairs": repairs}
-    return vllm.LLM(**wanted), said | {"dense_prefill_tokens": dense_prefill_tokens(launch)}
+    return llm(**wanted), said | {"dense_prefill_tokens": dense_prefill_tokens(launch)}
 
 
 def dense_prefill_tokens(launch: dict[str, Any]) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 from evalkit.errors import InputError
 from evalkit.evaluate.engines import adapter, inside
-from evalkit.evaluate.engines.stops import cut, stopped
+from evalkit.evaluate.engines.stops import Stops
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -34,6 +34,7 @@ class Held:
         self.llm: Any = None
         self.stop_ids: list[int] = []
         self.tokenizer: Any = None
+        self.stops: dict[tuple[str, ...], Stops] = {}
         self.count = 0
 
     def start(self, message: dict[str, Any], send: Send) -> None:
@@ -62,23 +63,25 @@ class Held:
         engine, pending = self.llm.llm_engine, {}
         for prompt in message["prompts"]:
             options = {"max_tokens": prompt["max_new"], "logprobs": message["logprobs"]}
-            pending[self.add(prompt["ids"], options)] = prompt
+            stops = self.stops.setdefault(
+                tuple(prompt["until"]), Stops(self.tokenizer, self.stop_ids, prompt["until"])
+            )
+            pending[self.add(prompt["ids"], options)] = [prompt["id"], stops, 0]
         while engine.has_unfinished_requests():
             for output in engine.step():
-                prompt = pending.get(output.request_id)
-                if prompt is None:
+                if output.request_id not in pending:
                     continue
-                completion = output.outputs[0]
+                (place, stops, known), completion = pending[output.request_id], output.outputs[0]
                 ids = list(completion.token_ids)
-                ends = bool(ids) and stopped(self.tokenizer, self.stop_ids, prompt["until"], ids)
-                if not (output.finished or ends):
+                end = stops.end(ids, known)
+                pending[output.request_id][2] = len(ids)
+                if end is None and not output.finished:
                     continue
                 del pending[output.request_id]
                 if not output.finished:
                     engine.abort_request([output.request_id])
-                # A step may have brought more than one token.
-                ids, ended = cut(self.tokenizer, self.stop_ids, prompt["until"], ids)
-                answer = {"id": prompt["id"], "ids": ids, "ended": "stop" if ended else "length"}
+                ids = ids if end is None else ids[: end + 1]  # a step may have brought more than one token
+                answer = {"id": place, "ids": ids, "ended": "length" if end is None else "stop"}
                 send({"answer": answer | _logprobs(completion.logprobs, ids)})
 
     def score(self, message: dict[str, Any], send: Send) -> None:

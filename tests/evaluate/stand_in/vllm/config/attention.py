@@ -1,0 +1,3 @@
+from vllm.recorded import AttentionConfig
+
+__all__ = ["AttentionConfig"]

@@ -1,0 +1,3 @@
+from vllm.recorded import EngineArgs
+
+__all__ = ["EngineArgs"]

@@ -1,0 +1,195 @@
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import CONTEXT
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+from vllm.recorded import RECORDED, SCRIPT, CompletionOutput, Logprob, takes
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+import evalkit
+from evalkit.compare.capture import Capture
+
+FORMATS = {"bfloat16": "bf16", "fp8_ds_mla": "fp8_ds_mla_fp32scale", "fp8_e4m3": "fp8_e4m3"}
+PROBES = frozenset({"latent", "rope", "values", "output", "selection"})
+
+
+class LogitsProcessor(nn.Module):
+    def forward(self, lm_head, hidden_states, embedding_bias=None):
+        return lm_head(hidden_states)
+
+
+class MultiHeadLatentAttentionWrapper(nn.Module):
+    def __init__(self, layer_name, options):
+        super().__init__()
+        self.mla_attn = MLAAttention(layer_name, options)
+
+    def forward(self, positions, hidden_states, llama_4_scaling=None):
+        return self.shown
+
+
+def model_of(native, options):
+    """Modules by vLLM's names, through which what the native model computes is shown."""
+    root = nn.Module()
+    root.model = nn.Module()
+    root.logits_processor = LogitsProcessor()
+    root.lm_head = native.lm_head
+    layers = []
+    for number in range(len(native.evalkit.layers)):
+        layer, attention = nn.Module(), nn.Module()
+        attention.mla_attn = MultiHeadLatentAttentionWrapper(f"layers.{number}", options)
+        layer.self_attn = attention
+        layers.append(layer)
+    root.model.layers = nn.ModuleList(layers)
+    return root
+
+
+class LLM:
+    def __init__(self, model, *, skip_tokenizer_init=False, **kwargs):
+        taken = {one for one in RECORDED["functions"]["LLM.__init__"] if not one.startswith("*")}
+        EngineArgs(
+            **{
+                name: value
+                for name, value in kwargs.items()
+                if name in RECORDED["fields"]["EngineArgs"] or name not in taken
+            }
+        )
+        assert skip_tokenizer_init, "text would be tokenised twice"
+        if "fail_start" in SCRIPT:
+            print(f"ERROR 11-22 12:00:00 [core.py:1] {SCRIPT['fail_start']}", flush=True)
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
+        print("INFO 11-22 12:00:00 [cuda.py:1] Using", kwargs["attention_backend"], "attention backend.")
+        options = SimpleNamespace(
+            backend=AttentionBackendEnum[SCRIPT.get("backend", kwargs["attention_backend"])].get_class(),
+            cache_dtype=kwargs["kv_cache_dtype"],
+            blocks=kwargs["max_model_len"] // 64 + 1,
+            heads=0,
+        )
+        format = FORMATS[kwargs["kv_cache_dtype"]]
+        self.native = evalkit.load(model, f"{format}@reference+index=fp8", device="cpu")
+        options.heads = self.native.config.num_attention_heads
+        options.topk = self.native.config.index_topk
+        self.model = model_of(self.native, options)
+        # The difference between two kernels.
+        self.noise = 2e-3 if kwargs["attention_backend"] == "FLASH_ATTN_MLA_SPARSE" else 0.0
+        self.llm_engine = LLMEngine(self)
+
+    def apply_model(self, func):
+        return [func(self.model)]
+
+
+class LLMEngine:
+    def __init__(self, llm):
+        self.llm, self.requests, self.steps = llm, {}, 0
+
+    def add_request(self, request_id, prompt, params, **kwargs):
+        takes("LLMEngine.add_request", request_id, prompt, params, **kwargs)
+        assert prompt["type"] == "token"
+        self.requests[request_id] = SimpleNamespace(ids=prompt["prompt_token_ids"], params=params, made=[])
+        return request_id + "-0a1b"  # vLLM gives back a name of its own
+
+    def abort_request(self, request_ids, internal=False):
+        for one in request_ids:
+            del self.requests[one]
+
+    def has_unfinished_requests(self):
+        return bool(self.requests)
+
+    def step(self):
+        self.steps += 1
+        done = Path(SCRIPT["once"]).exists() if "once" in SCRIPT else False
+        if self.steps == SCRIPT.get("die_at") and not done:
+            if "once" in SCRIPT:
+                Path(SCRIPT["once"]).touch()
+            print(SCRIPT.get("say", "CUDA error: an illegal memory access was encountered"), file=sys.stderr)
+            os._exit(SCRIPT.get("code", 1))
+        return [self.advance(name, one) for name, one in list(self.requests.items())]
+
+    @torch.inference_mode()
+    def advance(self, name, request):
+        params, prompt_logprobs = request.params, None
+        logits = self.llm.run(request.ids + request.made)
+        if params.prompt_logprobs is not None and not request.made:
+            self.llm.model.logits_processor(lambda x: x, logits[-1:])
+            told = self.llm.model.logits_processor(lambda x: x, logits[:-1])
+            prompt_logprobs = [None, *tell(told, request.ids[1:], params.prompt_logprobs)]
+        token = int(logits[-1].argmax())
+        request.made.append(token)
+        request.told = [
+            *getattr(request, "told", []),
+            *tell(logits[-1:], [token], params.logprobs or 0),
+        ]
+        stop = token in params.stop_token_ids
+        finished = stop or len(request.made) == params.max_tokens
+        if finished:
+            del self.requests[name]
+        completion = CompletionOutput(
+            index=0,
+            token_ids=list(request.made),
+            logprobs=request.told if params.logprobs is not None else None,
+            finish_reason=("stop" if stop else "length") if finished else None,
+        )
+        return SimpleNamespace(
+            request_id=name, outputs=[completion], finished=finished, prompt_logprobs=prompt_logprobs
+        )
+
+
+def tell(logits, tokens, count):
+    found = []
+    for row, token in zip(logits.float().log_softmax(-1), tokens, strict=True):
+        likeliest = row.topk(count).indices.tolist() if count else []
+        found.append({one: Logprob(logprob=float(row[one])) for one in (token, *likeliest)})
+    return found
+
+
+def run(self, ids):
+    """Logits [T, V] of one sequence; what each layer sees goes through the modules that hooks are on."""
+    native, cache = self.native, self.native.evalkit.new_cache()
+    hooks, hidden = [], {}
+    for number, path in enumerate(native.evalkit.layers):
+        hooks.append(
+            path.register_forward_pre_hook(
+                lambda _m, args, kwargs, number=number: hidden.__setitem__(
+                    number, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                ),
+                with_kwargs=True,
+            )
+        )
+    cache.state.observer = seen = PerLayer(PROBES)
+    out = native(input_ids=torch.tensor([ids]), past_key_values=cache).logits[0]
+    for hook in hooks:
+        hook.remove()
+    for number, layer in enumerate(self.model.model.layers):
+        found = seen.layers[number].joined()
+        wrapper = layer.self_attn.mla_attn
+        wrapper.mla_attn.show(cache.state.layers[number], found["values"].flatten(1), found["selection"])
+        CONTEXT.slot_mapping[wrapper.mla_attn.layer_name] = torch.arange(len(ids))
+        states = hidden[number][0]
+        latent, rope = (found[name].to(torch.bfloat16) for name in ("latent", "rope"))
+        wrapper.mla_attn(states, latent, rope[:, None], output_shape=None)
+        wrapper.shown = found["output"]
+        wrapper(torch.arange(len(ids)), states, None)
+    generator = torch.Generator().manual_seed(len(ids))
+    return (out + self.noise * torch.randn(out.shape, generator=generator)).bfloat16()
+
+
+LLM.run = run
+
+
+class PerLayer:
+    """An observer that keeps every layer's tensors apart."""
+
+    keep_calls = False
+
+    def __init__(self, probes):
+        self.probes, self.layers = probes, {}
+
+    def tensor(self, probe, layer, value):
+        self.layers.setdefault(layer, Capture(self.probes, False)).tensor(probe, layer, value)
+
+    def attention(self, layer, call):
+        pass
