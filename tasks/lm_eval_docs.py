@@ -48,6 +48,11 @@ def test_split(*, generate: Mapping[str, Any], seed: int, documents: int, **_: A
     return {"test": Dataset.from_list(rows)}
 
 
+def continuation(doc: Mapping[str, Any]) -> str:
+    """The answer as it follows the prompt, for tasks that score it without generating."""
+    return f" {doc['answer']}."
+
+
 def _rungs(generate: Mapping[str, Any]) -> list[dict[str, Any]]:
     for key in ("generator", "length"):
         if key not in generate:

@@ -20,7 +20,8 @@ from tests.tasks.solver import solve
 
 FILES = sorted(path.stem for path in tasks_dir().glob("*.yaml"))
 FROM_FILES = ["evalkit_gsm8k_20shot", "evalkit_gsm8k_5shot", "evalkit_kv_retrieval"]
-GENERATED = [name for name in FILES if name.startswith("evalkit_") and name not in FROM_FILES]
+IN_ONE_PASS = "evalkit_registers_forced"
+GENERATED = [name for name in FILES if name.startswith("evalkit_") and name not in [*FROM_FILES, IN_ONE_PASS]]
 GROUPS = ["nightly", "signoff", "signoff_hub", "signoff_models", "smoke"]
 TOPK = 512
 DOCUMENTS = 8  # as many as the longest ladder has rungs
@@ -68,7 +69,7 @@ def group(name):
 
 
 def test_every_file_is_a_task_or_a_group():
-    assert sorted([*GENERATED, *FROM_FILES, *GROUPS]) == FILES
+    assert sorted([*GENERATED, *FROM_FILES, IN_ONE_PASS, *GROUPS]) == FILES
     assert len(GENERATED) >= 30
 
 
@@ -125,6 +126,30 @@ def test_the_first_documents_take_every_length(name):
     if "steps" in spec and isinstance(spec["steps"], list):
         steps = [doc["answer"].count("makes") for doc in task.eval_docs]
         assert steps == (spec["steps"] * DOCUMENTS)[:DOCUMENTS]
+
+
+class Greedy(get_model("dummy")):
+    """Would decode the continuations of a table greedily, and no others."""
+
+    def __init__(self, continuations):
+        super().__init__()
+        self.continuations = continuations
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        return [(-1.0, self.continuations.get(r.args[0]) == r.args[1]) for r in requests]
+
+
+def test_what_is_scored_in_one_pass_is_the_document_that_is_generated():
+    docs = list(task_of("evalkit_registers_576", 4).eval_docs)
+    assert list(task_of(IN_ONE_PASS, 4).eval_docs) == docs
+    traces = {doc["prompt"]: f" {doc['answer']}." for doc in docs}
+    assert all(trace == solve(prompt) for prompt, trace in traces.items())
+    wrong = traces | {docs[2]["prompt"]: " 1."}
+    for table, scores in ((traces, [1.0, 1.0, 1.0, 1.0]), (wrong, [1.0, 1.0, 0.0, 1.0])):
+        (run,) = run_tasks(Greedy(table), [IN_ONE_PASS], 4, 0, candidate="a")
+        assert [(s.metric, s.filter, s.score) for s in run.samples] == [("acc", "answer", x) for x in scores]
+    (made,) = run_tasks(get_model("dummy")(), ["evalkit_registers_576"], 4, 0, candidate="b")
+    assert [s.prompt_sha256 for s in made.samples] == [s.prompt_sha256 for s in run.samples]
 
 
 def test_nightly_and_signoff_ask_below_and_above_the_top_k():
