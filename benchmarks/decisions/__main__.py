@@ -280,9 +280,10 @@ def _run_and_judge(config: RunConfig, policy: Policy) -> Any:
     from evalkit import pipeline
 
     begun = sorted(config.out.glob(f"*-{config.name}/run.json"))
-    directory = pipeline.run(config, resume=begun[-1].parent if begun else None)
-    if RunDirectory(directory).config != config.to_json():
-        raise InputError(f"{directory} was run otherwise: give another --out")
+    resume = begun[-1].parent if begun else None
+    if resume is not None and RunDirectory(resume).config != config.to_json():
+        raise InputError(f"{resume} was asked for something else: give another --out")
+    directory = pipeline.run(config, resume=resume)
     judgement = judge(directory, policy)
     store(directory, judgement)
     return judgement
@@ -299,8 +300,7 @@ def summarise(given: argparse.Namespace) -> dict[str, Any]:
                 f"the cells were scored under another {name.removesuffix('_sha256')} than {now[:12]}"
             )
     found = summary.summarise(made, policy, given.out)
-    if (given.out / "formats").exists():
-        found["formats"] = summary.formats(given.out)
+    found["formats"] = [one for folder in (given.out, *given.formats) for one in summary.formats(folder)]
     for stage in ("pilot", f"titration-{found['policy']}"):
         if (given.out / f"{stage}.json").exists():
             found[stage.partition("-")[0]] = _kept(given.out, stage)
@@ -420,6 +420,9 @@ def _parser() -> argparse.ArgumentParser:
     sub["formats"].add_argument("--profiles", nargs="+", default=list(PROFILES))
     sub["formats"].add_argument("--tasks", nargs="+", help="by default the policy's")
     sub["formats"].add_argument("--documents", type=int, help="by default as planned")
+    sub["summarise"].add_argument(
+        "--formats", type=Path, nargs="*", default=[], help="other folders of the stage formats"
+    )
     sub["summarise"].add_argument("--page", type=Path, help="a page to write the tables into")
     return parser
 

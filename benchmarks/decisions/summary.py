@@ -14,7 +14,14 @@ from benchmarks.decisions.choosing import Loss, loss_between
 from benchmarks.decisions.plan import Plan
 from evalkit.gate.policy import Policy
 from evalkit.gate.words import Verdict
-from evalkit.records import CandidateRecord, RunDirectory, TaskRecord, VerdictRecord, only
+from evalkit.records import (
+    CandidateRecord,
+    EnvironmentRecord,
+    RunDirectory,
+    TaskRecord,
+    VerdictRecord,
+    only,
+)
 from evalkit.stats.exact import NONINFERIOR, WORSE, critical_value, rejection_edge, rejects
 
 LEAST_NONINFERIOR = (
@@ -176,7 +183,7 @@ def formats(out: Path) -> list[dict[str, Any]]:
                 {
                     "run": run.path.name,
                     "profile": run.config.get("profile", "native"),
-                    "device": only(records, CandidateRecord)[0].kernel.partition(";")[0],
+                    "gpu": only(records, EnvironmentRecord)[0].gpu,
                     "candidate": candidate.candidate,
                     "bytes_per_token": candidate.row_bytes_per_token,
                     "tasks": [

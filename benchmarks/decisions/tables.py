@@ -77,7 +77,7 @@ def formats(found: dict[str, Any]) -> Iterator[str]:
     rows = [
         (
             one["profile"],
-            one["device"],
+            (one["gpu"] or "CPU").partition(",")[0],
             f"`{one['candidate']}`",
             task["task"],
             f"{task['n']:,}",
@@ -92,17 +92,16 @@ def formats(found: dict[str, Any]) -> Iterator[str]:
     ]
     yield from _table(
         (
-            *("ranges", "kernel of bf16", "candidate", "task"),
+            *("ranges", "on", "candidate", "task"),
             *("documents", "right", "loss, points", "lost / gained", "seconds", "verdict"),
         ),
         rows,
         text=4,
     )
     yield ""
-    reasons = {(one["profile"], one["candidate"]): one["reason"] for one in found.get("formats", [])}
-    for (profile, candidate), reason in reasons.items():
-        if reason:
-            yield f"- `{candidate}`, {profile}: {reason}"
+    for one in found.get("formats", []):
+        if one["reason"]:
+            yield f"- `{one['candidate']}`, {one['profile']}: {one['reason']}"
 
 
 def titration(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -134,7 +133,7 @@ def write(page: Path, found: dict[str, Any]) -> None:
     """
     text = page.read_text(encoding="utf-8")
     for name, table in TABLES.items():
-        if (name == "formats") is not ("formats" in found) and name == "formats":
+        if name == "formats" and not found.get("formats"):
             continue
         lines = "\n".join(table(found))
         text, count = re.subn(
