@@ -7,8 +7,17 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from evalkit.records import EnvironmentRecord, Record, RunDirectory, TaskRecord, only, read, write_whole
-from evalkit.report import attribution, plots, ranges, tables, where
+from evalkit.records import (
+    EnvironmentRecord,
+    Record,
+    RunDirectory,
+    TaskRecord,
+    only,
+    read,
+    read_samples,
+    write_whole,
+)
+from evalkit.report import attribution, flips, plots, ranges, tables, where
 from evalkit.report.answers import answers
 
 
@@ -40,6 +49,8 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
     """The page as text."""
     views, losses = plots.layer_views(records), plots.loss_points(records)
     shares, places = attribution.bars(records), where.place_curves(records)
+    flipped, tradeoff = flips.browse(records, read_samples(run.path)), plots.tradeoff(records)
+    drawn = views or losses or shares or places or tradeoff["candidates"]
     environment = Environment(
         loader=PackageLoader("evalkit.report"),
         autoescape=True,
@@ -101,5 +112,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         attribution=attribution.table(records),
         blame=attribution.sentences(records),
         faults=ranges.sentences(records),
-        library=Markup(plots.library() if views or losses or shares or places else ""),  # noqa: S704 - plotly.js, from its own package
+        flips=flipped,
+        tradeoff=tradeoff,
+        library=Markup(plots.library() if drawn else ""),  # noqa: S704 - plotly.js, from its own package
     )

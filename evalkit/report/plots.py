@@ -5,7 +5,15 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from evalkit.records import LayerRecord, Record, TaskRecord, only
+from evalkit.records import (
+    AnswerLengthRecord,
+    CandidateRecord,
+    LayerRecord,
+    Record,
+    TaskRecord,
+    TokenRecord,
+    only,
+)
 from evalkit.report import tables
 
 
@@ -57,6 +65,50 @@ def loss_points(records: Sequence[Record]) -> list[dict[str, Any]]:
         for place, name in enumerate(order)
         if any(r.candidate == name for r in found)
     ]
+
+
+def tradeoff(records: Sequence[Record]) -> dict[str, Any]:
+    """What each candidate costs in bytes and in time, against what it loses on each task and in KL divergence.
+
+    A task's time is all of its wall time (prompts, generation, scoring) over the tokens that it generated.
+    """
+    order = [row[0] for row in tables.candidates(records).rows]
+    lengths = {(r.candidate, r.task): r for r in only(records, AnswerLengthRecord)}
+    scores = only(records, TaskRecord)
+    tokens = [r for r in only(records, TokenRecord) if r.frozen == "none"]
+    found = []
+    for record in sorted(only(records, CandidateRecord), key=lambda r: order.index(r.candidate)):
+        name = record.candidate
+        most = max((r for r in tokens if r.candidate == name), key=lambda r: r.n, default=None)
+        mine = [r for r in scores if r.candidate == name]
+        kl = None
+        if most is not None and most.kl_mean_nats is not None:
+            interval = {"lower": most.kl_mean_lower_nats, "upper": most.kl_mean_upper_nats}
+            kl = {"value": most.kl_mean_nats, "n": most.n, "of": tables.tokens_of(most), **interval}
+        found.append(
+            {
+                "name": name,
+                "control": tables.is_control(name),
+                "index": order.index(name),
+                "bytes": record.row_bytes_per_token,
+                "kl": kl,
+                "tasks": [_trade(r, lengths.get((name, r.task))) for r in mine],
+            }
+        )
+    names = list(dict.fromkeys(r.task for r in scores))
+    return {"tasks": names, "candidates": [one for one in found if one["kl"] or one["tasks"]]}
+
+
+def _trade(record: TaskRecord, length: AnswerLengthRecord | None) -> dict[str, Any]:
+    generated = 0.0 if length is None else length.mean_tokens * length.n
+    return {
+        "task": record.task,
+        "value": 100 * record.loss,
+        "lower": _points(record.loss_lower),
+        "upper": _points(record.loss_upper),
+        "n": record.n,
+        "ms": 1000 * record.wall_s / generated if generated else None,
+    }
 
 
 def _curves(found: Sequence[LayerRecord], order: Sequence[str]) -> list[dict[str, Any]]:

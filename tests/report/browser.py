@@ -12,12 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE_S = 60.0
 
 
 def executable() -> str | None:
     return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+browsers = pytest.mark.skipif(
+    executable() is None, reason="no chromium, chromium-browser or google-chrome on PATH"
+)
 
 
 class Browser:

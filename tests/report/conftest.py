@@ -1,8 +1,10 @@
 """A made-up run whose numbers are all different, so that a swapped cell shows."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from evalkit.records import (
     TaskRecord,
     TokenRecord,
 )
+from tests.report.browser import Browser
 
 CANDIDATES = [
     "fp8_e4m3:one@flashinfer",
@@ -139,3 +142,21 @@ def run(tmp_path: Path) -> RunDirectory:
             for record in records:
                 writer.write(record)
     return made
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Iterator[Callable[..., Browser]]:
+    """Opens a page; when the test ends, it must have printed no error and asked for no address but files."""
+    with ExitStack() as stack:
+        opened: list[Browser] = []
+
+        def start(page: Path, **options: Any) -> Browser:
+            browser = stack.enter_context(Browser(tmp_path / f"profile{len(opened)}", **options))
+            opened.append(browser)
+            browser.open(page.as_uri())
+            return browser
+
+        yield start
+        for browser in opened:
+            assert browser.errors == []
+            assert {address.partition(":")[0] for address in browser.requests} <= {"file", "data"}

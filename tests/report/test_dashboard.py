@@ -3,8 +3,7 @@ import random
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from evalkit.records import RunDirectory
 from evalkit.report import dashboard, html, tables
 from evalkit.report.history import History, StoredLayer, StoredResult, StoredRun, StoredScore
 from evalkit.report.trends import tiles
-from tests.report.browser import Browser, executable
+from tests.report.browser import Browser, browsers
 from tests.report.nights import (
     BF16,
     DAMAGED,
@@ -32,9 +31,6 @@ from tests.report.nights import (
 )
 
 NIGHTS, DROP_AT = 120, 100
-browsers = pytest.mark.skipif(
-    executable() is None, reason="no chromium, chromium-browser or google-chrome on PATH"
-)
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +43,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> History:
 @pytest.fixture(scope="module")
 def site(store: History) -> dashboard.Site:
     return dashboard.write(store.path, store.path.parent / "site")
-
-
-@pytest.fixture
-def browse(tmp_path: Path) -> Iterator[Callable[..., Browser]]:
-    """Opens a page; when the test ends, it must have printed no error and asked for no address but files."""
-    with ExitStack() as stack:
-        opened: list[Browser] = []
-
-        def start(page: Path, **options: Any) -> Browser:
-            browser = stack.enter_context(Browser(tmp_path / f"profile{len(opened)}", **options))
-            opened.append(browser)
-            browser.open(page.as_uri())
-            return browser
-
-        yield start
-        for browser in opened:
-            assert browser.errors == []
-            assert {address.partition(":")[0] for address in browser.requests} <= {"file", "data"}
 
 
 def data_of(page: Path) -> dict[str, Any]:
