@@ -2,7 +2,8 @@
 
 Token column j of sequence b lives in slot `block_table[b, j // 64] * 64 + j % 64`. Padding has columns, so that
 columns line up with transformers' attention mask, but its slots are never written. Each layer tracks its own length:
-layers can be advanced one after the other over all chunks, or all layers chunk by chunk.
+layers can be advanced one after the other over all chunks, or all layers chunk by chunk. `attention/ragged.py` gives
+sequences lengths of their own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class PagedLayer(CacheLayerMixin):
 
     is_croppable = True
     is_sliding = False
+    # [B, 1] slots of one more token of every sequence, and [B, S] of every column it may see: see attention/ragged.py.
+    step: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, format: RowFormat, index: str) -> None:
         super().__init__()
@@ -37,6 +40,7 @@ class PagedLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
+        self.step = None
         self.length = 0
         self.block_table = torch.empty(0, 0, dtype=torch.int64)  # [B, blocks]
         self.rows: Tensor | None = None
@@ -45,6 +49,8 @@ class PagedLayer(CacheLayerMixin):
 
     def extend(self, batch: int, length: int, device: torch.device) -> Tensor:
         """Make room for `length` more columns of each sequence; returns their slots [B, length]."""
+        if self.step is not None:
+            return self.step[0]
         if self.length == 0 and self.block_table.shape[0] != batch:
             self.block_table = torch.empty(batch, 0, dtype=torch.int64, device=device)
             self.rows = None
@@ -61,8 +67,32 @@ class PagedLayer(CacheLayerMixin):
 
     def slots(self, start: int, stop: int) -> Tensor:
         """Slots of columns start to stop, [B, stop - start] int64."""
+        if self.step is not None:
+            return self.step[1][:, start:stop]
         columns = torch.arange(start, stop, device=self.block_table.device)
         return self.block_table[:, columns // BLOCK] * BLOCK + columns % BLOCK
+
+    def written(self, slots: Tensor, valid: Tensor | None) -> Tensor:
+        """The slots [B, T] that `extend` gave last, -1 where `valid` [B, S] says that the column is padding."""
+        if valid is None or self.step is not None:  # who advances a token at a time has no padding
+            return slots
+        return slots.where(valid[:, self.length - slots.shape[1] : self.length], -1)
+
+    def reserve(self, blocks: int, device: torch.device) -> None:
+        """Empty rows of so many blocks at once."""
+        self.reset()
+        self._reserve(blocks, device)
+
+    def turn_to(self, block_table: Tensor, length: int) -> None:
+        """Go on with the sequences of this block table [B, blocks], `length` columns of which are there."""
+        self.step, self.block_table, self.length = None, block_table, length
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        """Copy rows and indexer keys of the blocks `source` [n] to the blocks `to` [n]."""
+        assert self.rows is not None
+        _copy_blocks(self.format, self.rows, to, self.rows, source)
+        if self.index_rows is not None:
+            self.index_rows[to] = self.index_rows[source]
 
     def store_index(self, slots: Tensor, keys: Tensor) -> None:
         """Keep indexer keys [n, 128] at `slots` [n]."""
@@ -79,6 +109,10 @@ class PagedLayer(CacheLayerMixin):
         """The keys of every column as they are stored: codes [B, S, 128], scale [B, S]."""
         assert self.index_format is not None
         assert self.index_rows is not None
+        if self.step is not None and not self.index_format.scaled:
+            # Blocks lie side by side: a view, where a block table would need a copy.
+            every = self.index_format.planes(self.index_rows[: self.block_table.numel()]).codes
+            return Keys(every.unflatten(0, self.block_table.shape).flatten(1, 2)[:, : self.length], None)
         blocks = self.block_table[:, : -(-self.length // BLOCK)]
         # Whole pages move faster than tokens.
         taken = self.index_format.planes(self.index_rows[blocks.flatten()])
@@ -126,7 +160,7 @@ class PagedLayer(CacheLayerMixin):
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.length if self.step is None else self.length - 1
 
     def get_max_length(self) -> int:
         return -1

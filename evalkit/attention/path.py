@@ -147,7 +147,7 @@ class SparseMLA(nn.Module):
         batch, length = hidden_states.shape[:2]
         start = rows.length
         slots = rows.extend(batch, length, hidden_states.device)  # [B, T]
-        written = slots if state.valid is None else slots.where(state.valid[:, start : rows.length], -1)
+        written = rows.written(slots, state.valid)
         self.step = (weakref.ref(state), start)
 
         q_resid, q_latent, q_rope, latent, rope = self._project(hidden_states, position_embeddings, state)

@@ -50,6 +50,11 @@ class DamagedFormat(RowFormat):
         return (x.float() * (1 + self.noise * drawn)).to(x.dtype)
 
 
+def generators(format: RowFormat) -> list[torch.Generator]:
+    """What rows of this format draw noise from so far; nothing where none is planted."""
+    return list(format._generators.values()) if isinstance(format, DamagedFormat) else []
+
+
 def damaging(new_cache: Callable[[], Any], noise: float) -> Callable[[], PagedCache]:
     """`new_cache` whose caches store damaged rows; each draws its own noise, the same ones in every run.
 

@@ -7,10 +7,12 @@ Text becomes token ids here and ids text; what cannot be done greedily and in fu
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lm_eval.api.model import CacheHook, TemplateLM
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_BATCH_SIZE = 8
+PROMPTS_KEPT = 8192
 GREEDY_KWARGS = {"do_sample", "max_gen_toks", "temperature", "until"}
 
 
@@ -179,8 +182,7 @@ class EvalkitLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if add_special_tokens is None:
-            bos = self.tokenizer.bos_token
-            add_special_tokens = not (bos and string.startswith(bos))
+            add_special_tokens = self._adds_special_tokens(string)
         # Not verbose: what is too long is refused here, and a warning would only foretell it.
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
@@ -229,6 +231,7 @@ class EvalkitLM(TemplateLM):
         Raises:
             InputError: a request asks for sampling or another decoding, has no prompt, or is too long.
         """
+        self._encode_prompts([request.args[0] for request in requests])
         prompts = [self._prompt(request) for request in requests]
         texts = [""] * len(prompts)
         with tqdm(
@@ -254,7 +257,8 @@ class EvalkitLM(TemplateLM):
             raise InputError(f"{label} asks for sampling; evalkit generates greedily (do_sample: false)")
         if other := sorted(wanted.keys() - GREEDY_KWARGS):
             raise InputError(f"{label} asks for {', '.join(other)}; greedy decoding has no such option")
-        ids, max_new = self.tok_encode(text), int(wanted["max_gen_toks"])
+        self._encode_prompts([text])
+        ids, max_new = list(_PROMPTS[self.tokenizer][text]), int(wanted["max_gen_toks"])
         if not ids:
             raise InputError(f"{label} has an empty prompt")
         if max_new < 1:
@@ -265,6 +269,21 @@ class EvalkitLM(TemplateLM):
                 f"over max_length {self.max_length}; shorten the prompt or max_gen_toks"
             )
         return Prompt(label=label, ids=ids, max_new=max_new, until=[stop for stop in wanted["until"] if stop])
+
+    def _adds_special_tokens(self, string: str) -> bool:
+        bos = self.tokenizer.bos_token
+        return not (bos and string.startswith(bos))
+
+    def _encode_prompts(self, texts: Sequence[str]) -> None:
+        """Tokenise prompts that no candidate before this one was asked, all at once."""
+        known = _PROMPTS.setdefault(self.tokenizer, {})
+        if len(known) > PROMPTS_KEPT and not all(text in known for text in texts):
+            known.clear()
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        for adds in (False, True):
+            if alike := [text for text in missing if self._adds_special_tokens(text) == adds]:
+                ids = self.tokenizer(alike, add_special_tokens=adds, verbose=False)["input_ids"]
+                known |= {text: array("i", row) for text, row in zip(alike, ids, strict=True)}
 
     def _score(self, spans: list[Span], disable_tqdm: bool) -> list[tuple[float, bool]]:
         for span in spans:
@@ -342,6 +361,10 @@ def lm_eval_main(argv: Sequence[str]) -> None:
         if getattr(args, name, None) is None and name not in given:
             setattr(args, name, value)
     cli.execute(args)
+
+
+# The ids of every prompt asked so far, by tokenizer: every candidate is asked the same ones.
+_PROMPTS: WeakKeyDictionary[Any, dict[str, array[int]]] = WeakKeyDictionary()
 
 
 def _label(request: Instance) -> Label:

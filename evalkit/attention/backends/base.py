@@ -71,6 +71,13 @@ class Backend(Reader, ABC):
             )
         return self
 
+    def steady(self, full: bool) -> Backend | None:
+        """This backend for calls that can be recorded in a CUDA graph: none waits for the device. None where it does.
+
+        full: whether every query of these calls has a valid slot in every column of `indices`.
+        """
+        return None
+
     def splitting(self) -> Backend | None:
         """This backend with the keys of a bf16 query split over processors, as its kernel would in a server.
 

@@ -58,6 +58,10 @@ class Decoded(BF16Operands):
             )
         return self
 
+    def steady(self, full: bool) -> Backend | None:
+        inner = self.inner.steady(full)
+        return None if inner is None else _decoded(inner)
+
     def attend(
         self,
         q_latent: Tensor,
@@ -70,6 +74,11 @@ class Decoded(BF16Operands):
     ) -> tuple[Tensor, Tensor]:
         rows, numbers = decode(format, cache, indices, scales)
         return self.inner.attend(q_latent, q_rope, rows, kv.get("bf16"), numbers, sm_scale, Scales())
+
+
+@once
+def _decoded(inner: Backend) -> Decoded:
+    return Decoded(inner)
 
 
 def decode(format: RowFormat, cache: Tensor, indices: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,10 @@ Sparse attention is expressed as pages of one token: every query is a request of
 selected. The kernel does not mask -1, so slots are packed. It multiplies by fp8 scales rounded to bf16 and keeps P in
 bf16.
 
-A plan depends on how many slots each query has, not on which, so the last one is kept: the kernel reads the slots from
-a buffer of ours, which the next call overwrites.
+A plan depends on how many slots each query has, not on which, so the last few are kept: the kernel reads the slots
+from a buffer of ours, which the next call overwrites. Prompts of one shape that are prefilled layer after layer and
+batch after batch need the same few plans. To learn the lengths is to wait for the device; where a caller knows that
+every query has all its slots, `steady` asks for neither.
 
 The kernel cuts a query's slots into pieces where a call has too little work for all processors, and rounds each
 piece's sum to bf16. `MLAPlan` (FlashInfer 0.7.2, scheduler.cuh) does so where a query has more slots than the average
@@ -17,6 +19,7 @@ padded with queries that repeat the longest selection, until nothing is cut; the
 from __future__ import annotations
 
 import importlib.util
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache as once
@@ -30,6 +33,7 @@ from evalkit.attention.backends.base import Backend, BF16Operands, backends
 from evalkit.kv import RowFormat, Scales
 
 WORKSPACE_BYTES = 128 * 2**20
+PLANS_KEPT = 32  # of each kernel; 8 MB of device memory each
 WORK_ITEMS_PER_PLAN = 8192  # a plan holds at most 16384, and a query left to split may make two of each
 # Slots of the longest query, and the average work of a cluster up to which it is cut.
 CUT_UP_TO = ((32, 0), (64, 8), (128, 16), (192, 32), (256, 64))
@@ -40,8 +44,8 @@ class FlashInfer(BF16Operands):
     name = "flashinfer"
     kernel = "flashinfer BatchMLAPagedAttentionWrapper fa3"
 
-    def __init__(self, pads: bool = True) -> None:
-        self._pads = pads
+    def __init__(self, pads: bool = True, full: bool = False) -> None:
+        self._pads, self._full = pads, full
         self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     def unavailable_because(
@@ -57,6 +61,10 @@ class FlashInfer(BF16Operands):
         if major != 9:
             return f"FlashInfer's fa3 MLA kernel needs SM90, this GPU is SM{major}{minor}"
         return None
+
+    def steady(self, full: bool) -> Backend | None:
+        """Only where queries have all their slots: else the lengths that a plan needs are the device's to tell."""
+        return _steady() if full and self._pads else None
 
     def splitting(self) -> Backend | None:
         return _splitting()
@@ -95,9 +103,13 @@ class FlashInfer(BF16Operands):
     ) -> tuple[Tensor, Tensor]:
         """The queries of one plan: out [t, H, C], lse [t, H]."""
         queries, heads = q_latent.shape[:2]
-        key = (q_latent.device, q_latent.dtype, rows[0].dtype, heads, sm_scale)
+        key: tuple[Any, ...] = (q_latent.device, q_latent.dtype, rows[0].dtype, heads, sm_scale)
+        if (
+            self._full
+        ):  # what a graph has recorded must stay where it is: other shapes have slots of their own
+            key += tuple(indices.shape)
         plan = self._plans.setdefault(key, _Plan())
-        lengths = plan.take(indices)
+        lengths = plan.take(indices, self._full)
         if not any(lengths):
             return torch.zeros_like(q_latent), q_latent.new_full((queries, heads), -torch.inf).float()
         padding = 0
@@ -123,15 +135,22 @@ class FlashInfer(BF16Operands):
 
 @dataclass(eq=False)
 class _Plan:
-    """The last plan of one kernel: the lengths it is of, padding included, and the slots that the kernel reads."""
+    """The last plans of one kernel: the lengths the last is of, padding included, and the slots that the kernel reads."""
 
     wrapper: Any = None
     lengths: list[int] = field(default_factory=list)
     slots: Tensor | None = None  # [at least the sum of lengths] int32
+    kept: OrderedDict[tuple[int, ...], Any] = field(default_factory=OrderedDict)  # wrappers by lengths
 
-    def take(self, indices: Tensor) -> list[int]:
-        """Put `indices` [T, K] into the slots, row after row, and say how many of each are valid. Waits for the device."""
+    def take(self, indices: Tensor, full: bool = False) -> list[int]:
+        """Put `indices` [T, K] into the slots, row after row, and say how many of each are valid.
+
+        Waits for the device, unless all are valid and it is told so by `full`.
+        """
         slots = self._room(indices.numel(), indices.device)
+        if full:
+            slots[: indices.numel()].view_as(indices).copy_(indices)
+            return [indices.shape[1]] * len(indices)
         if indices.device.type == "cuda":
             from evalkit.attention.backends.kernels.packing import take_slots
 
@@ -162,23 +181,41 @@ class _Plan:
             slots[packed:total].view(padding, longest)[:] = slots[start : start + longest]
         lengths = lengths + [longest] * padding
         if lengths != self.lengths:
-            self.wrapper = _plan(slots, lengths, query, dtype, sm_scale)
+            self.wrapper = self._kept(slots, lengths, query, dtype, sm_scale)
             self.lengths = lengths
         return self.wrapper
 
+    def _kept(
+        self, slots: Tensor, lengths: list[int], query: Tensor, dtype: torch.dtype, sm_scale: float
+    ) -> Any:
+        """The wrapper that was planned for these lengths, or a new one."""
+        key = tuple(lengths)
+        if key not in self.kept:
+            self.kept[key] = _plan(slots, lengths, query, dtype, sm_scale)
+            if len(self.kept) > PLANS_KEPT:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
     def _room(self, needed: int, device: torch.device, kept: int = 0) -> Tensor:
-        """Slots enough, the first `kept` as they were. A plan goes with the slots it was made over."""
+        """Slots enough, the first `kept` as they were. Plans go with the slots they were made over."""
         if self.slots is None or len(self.slots) < needed:
             slots = torch.empty(needed, dtype=torch.int32, device=device)
             if self.slots is not None:
                 slots[:kept] = self.slots[:kept]
             self.slots, self.lengths = slots, []
+            self.kept.clear()
         return self.slots
 
 
 @once
 def _splitting() -> FlashInfer:
     return FlashInfer(pads=False)
+
+
+@once
+def _steady() -> FlashInfer:
+    return FlashInfer(full=True)
 
 
 @once

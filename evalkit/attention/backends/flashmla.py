@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evalkit.attention.backends.base import BF16Operands, backends
+from evalkit.attention.backends.base import Backend, BF16Operands, backends
 from evalkit.kv import RowFormat, Scales
 
 DS_MLA = ("fp8_ds_mla", "fp8_ds_mla_fp32scale")
@@ -49,6 +49,9 @@ class FlashMLA(BF16Operands):
         if major != 9:
             return f"these FlashMLA calls are for SM90, this GPU is SM{major}{minor}"
         return None
+
+    def steady(self, full: bool) -> Backend | None:
+        return self  # its kernels mask -1, and nothing is counted
 
     def attend(
         self,

@@ -1,13 +1,18 @@
 """This project's own engine: greedy decoding and scoring on the sparse MLA path, or on plain transformers.
 
-Batches are left-padded, longest first, and their make-up depends on the requests alone: every candidate multiplies
-matrices of the same shapes, so that no difference comes from a GEMM's choice. Nothing is ever truncated.
+`batch_size` sequences are decoded together; one whose answer has ended makes room for a prompt that waits. Which
+prompts are prefilled together, how wide they are padded, and how many sequences a step has follows from the requests
+alone (schedule.py): every candidate multiplies matrices of the same shapes, so that no difference comes from a GEMM's
+choice. When a waiting prompt gets its room, and beside which others, follows from the answers; what a sequence
+computes does not depend on that. Nothing is ever truncated.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +22,36 @@ from torch import Tensor
 
 from evalkit.errors import InputError
 from evalkit.evaluate.damage import damaging
+from evalkit.evaluate.engines import plain
 from evalkit.evaluate.engines.base import Answer, Prompt, Span
+from evalkit.evaluate.engines.decoding import STEPS_AT_ONCE, Decoder
+from evalkit.evaluate.engines.schedule import groups, shared_prefix
+from evalkit.evaluate.engines.stops import Stops
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 # Logits of a whole window times a vocabulary of 129,280 would take 2 GB; the head runs on so many rows at a time.
 HEAD_ROWS = 512
-# A stop string of n bytes touches at most n tokens that print something; some tokens print nothing.
-SILENT_TOKENS = 8
+
+
+@dataclass
+class _Writing:
+    """An answer in progress: the request's place, and what it has so far."""
+
+    place: int
+    prompt: Prompt
+    stops: Stops
+    ids: list[int] = field(default_factory=list)
+
+    def take(self, tokens: Sequence[int]) -> Answer | None:
+        """Take what was generated next; the answer, where it ends therein."""
+        known = len(self.ids)
+        self.ids = [*self.ids, *tokens][: self.prompt.max_new]
+        end = self.stops.end(self.ids, known)
+        if end is not None:
+            return Answer(ids=self.ids[: end + 1], ended="stop")
+        return Answer(ids=self.ids, ended="length") if len(self.ids) == self.prompt.max_new else None
 
 
 class NativeEngine:
@@ -36,9 +62,10 @@ class NativeEngine:
         candidate: what its caches hold; None is the model's own.
         scales: layer to `Scales`, as `evalkit.load` takes them.
         tokenizer: needed when the model does not name its checkpoint.
-        batch_size: how many requests share a batch.
+        batch_size: how many sequences are decoded together; it also fixes how many are prefilled (schedule.py).
         max_length: longest context plus scored or generated tokens; the model's own by default.
         damage: size of the planted damage, see `evalkit.evaluate.damage`; 0 is none.
+        graphs: whether steps may be recorded in a CUDA graph, on a GPU and where the backend can.
 
     Raises:
         InputError: a candidate on a plain model, no tokenizer that loads and fits, or too large a max_length.
@@ -54,8 +81,9 @@ class NativeEngine:
         max_length: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         damage: float = 0.0,
+        graphs: bool = True,
     ) -> None:
-        self.model, self.batch_size = model, batch_size
+        self.model, self.batch_size, self._graphs = model, batch_size, graphs
         self._new_cache: Callable[[], Cache | None]
         if hasattr(model, "evalkit"):
             self._new_cache = partial(model.evalkit.new_cache, candidate, scales)
@@ -99,71 +127,77 @@ class NativeEngine:
         """Every token on the sparse MLA path reads stored rows, whatever the request; none in plain transformers."""
         return hasattr(self.model, "evalkit")
 
+    @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
-        """As `Engine.generate`, batch after batch."""
+        """As `Engine.generate`; an answer comes when it has ended."""
+        if not hasattr(self.model, "evalkit"):
+            yield from self._generate_plainly(prompts)
+        elif prompts:
+            yield from self._generate(prompts)
+
+    def _generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
+        count = min(self.batch_size, len(prompts))
+        shared = shared_prefix([prompt.ids for prompt in prompts])
+        waiting = deque(
+            groups([len(prompt.ids) - shared for prompt in prompts], count, self.max_length - shared)
+        )
+        decoder = Decoder(
+            self.model,
+            self._new_cache(),
+            count,
+            max(len(prompt.ids) + prompt.max_new for prompt in prompts),
+            prompts[0].ids[:shared],
+            self._graphs,
+        )
+        stops = self._stops()
+        free, busy, fresh = list(range(count)), dict[int, _Writing](), set[int]()
+        while waiting or busy:
+            while waiting and len(waiting[0].members) <= len(free):
+                group = waiting.popleft()
+                taken, free = free[: len(group.members)], free[len(group.members) :]
+                decoder.fill(taken, [prompts[i].ids for i in group.members], group.width)
+                for sequence, i in zip(taken, group.members, strict=True):
+                    busy[sequence] = _Writing(i, prompts[i], stops(prompts[i]))
+                fresh.update(taken)
+            left = max(one.prompt.max_new - len(one.ids) - (n in fresh) for n, one in busy.items())
+            tokens = decoder.steps(min(left, STEPS_AT_ONCE[self.device.type]))
+            for sequence, one in list(busy.items()):
+                answer = one.take(tokens[sequence][sequence not in fresh :])
+                if answer is not None:
+                    free.append(sequence)
+                    del busy[sequence]
+                    yield one.place, answer
+            free.sort()
+            fresh.clear()
+
+    def _generate_plainly(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         order = sorted(range(len(prompts)), key=lambda i: (-prompts[i].max_new, -len(prompts[i].ids), i))
+        stops = self._stops()
         # One budget in a batch, so that the longest prompt's length holds for every row.
         for _, same in groupby(order, key=lambda i: prompts[i].max_new):
             for batch in _chunks(list(same), self.batch_size):
-                yield from zip(batch, self._generate([prompts[i] for i in batch]), strict=True)
+                asked = [prompts[i] for i in batch]
+                ids, mask = self._left_pad([prompt.ids for prompt in asked])  # [B, T]
+                yield from zip(batch, plain.decode(self.model, asked, ids, mask, stops), strict=True)
 
-    @torch.inference_mode()
-    def _generate(self, batch: list[Prompt]) -> list[Answer]:
-        ids, mask = self._left_pad([prompt.ids for prompt in batch])  # [B, T]
-        positions = _positions(mask)
-        cache = self._new_cache()
-        generated: list[list[int]] = [[] for _ in batch]
-        unfinished = set(range(len(batch)))
-        while True:
-            out = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = out.past_key_values
-            # Finished rows go on unread: dropping them would make shapes depend on what a candidate answered.
-            ids = out.logits[:, -1:].argmax(-1)  # [B, 1]
-            for row, token in enumerate(ids.flatten().tolist()):
-                if row in unfinished:
-                    generated[row].append(token)
-                    if self._ended(batch[row], generated[row]):
-                        unfinished.remove(row)
-            if not unfinished:
-                return [
-                    Answer(ids=ids, ended="stop" if self._stopped(prompt, ids) else "length")
-                    for prompt, ids in zip(batch, generated, strict=True)
-                ]
-            positions = positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
-
-    def _ended(self, prompt: Prompt, ids: list[int]) -> bool:
-        return len(ids) == prompt.max_new or self._stopped(prompt, ids)
-
-    def _stopped(self, prompt: Prompt, ids: list[int]) -> bool:
-        """Whether the last token ended the text, or completed a stop string."""
-        if ids[-1] in self.stop_ids:
-            return True
-        if not prompt.until:
-            return False
-        tail = self.tokenizer.decode(ids[-max(len(s.encode()) for s in prompt.until) - SILENT_TOKENS :])
-        return any(stop in tail for stop in prompt.until)
+    def _stops(self) -> Callable[[Prompt], Stops]:
+        """What finds the end of a prompt's answer, one for all prompts with the same stop strings."""
+        ids = tuple(self.stop_ids)
+        make = cache(lambda until: Stops(self.tokenizer, ids, until))
+        return lambda prompt: make(tuple(prompt.until))
 
     @torch.inference_mode()
     def score(self, spans: Sequence[Span]) -> Iterator[tuple[int, tuple[float, bool]]]:
         """As `Engine.score`, batch after batch."""
-        order = sorted(
-            range(len(spans)), key=lambda i: (-len(spans[i].context) - len(spans[i].continuation), i)
-        )
-        for batch in _chunks(order, self.batch_size):
+        lengths = [len(span.context) + len(span.continuation) - 1 for span in spans]
+        for group in groups(lengths, min(self.batch_size, max(1, len(spans))), self.max_length):
+            batch = group.members
             ids, mask = self._left_pad([[*spans[i].context, *spans[i].continuation][:-1] for i in batch])
             cache = self._new_cache()
             hidden = self.model.base_model(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=_positions(mask),
+                position_ids=plain.positions(mask),
                 past_key_values=cache,
                 use_cache=cache is not None,
             ).last_hidden_state  # [B, T, D]
@@ -191,14 +225,11 @@ class NativeEngine:
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
 
-def _positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
+@cache
 def _tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 

@@ -1,0 +1,135 @@
+"""Sequences of one cache, each at its own place, advanced together by greedy steps.
+
+On a GPU a small model's step is bound by the launches of its kernels. Steps are therefore recorded in a CUDA graph
+where the candidate's backend never waits for the device; a graph runs the same kernels on the same shapes. Generated
+tokens are fetched once every `STEPS_AT_ONCE` steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evalkit.attention.backends import Backend
+from evalkit.attention.cache import BLOCK
+from evalkit.attention.ragged import Ragged
+from evalkit.evaluate.damage import generators
+
+STEPS_AT_ONCE = {"cpu": 1, "cuda": 16}
+
+
+class Decoder:
+    """Room for `sequences` sequences of `columns` columns, of which any can be filled and all are advanced.
+
+    Those that nobody filled, or whose answer has ended, are advanced too and not read: what a step multiplies has
+    the same shapes whatever was answered.
+
+    Args:
+        model: one that has the sparse MLA path.
+        cache: an empty `PagedCache` of the candidate.
+        shared: tokens that every prompt begins with: computed once, and then copied.
+        graphs: whether steps may be recorded in a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: Any,
+        sequences: int,
+        columns: int,
+        shared: Sequence[int] = (),
+        graphs: bool = True,
+    ) -> None:
+        self._body, self._head, self._cache = model.base_model, model.get_output_embeddings(), cache
+        self._topk, self._device, self._graphs = model.config.index_topk, torch.device(model.device), graphs
+        self._ragged = Ragged(cache, sequences, columns, self._device, spare=1 if shared else 0)
+        self._next = torch.zeros(sequences, dtype=torch.int64, device=self._device)
+        # As `Ragged.column`, known without asking the device.
+        self._column = [columns - 1] * sequences
+        self._steps = 0
+        self._recorded: dict[Backend, torch.cuda.CUDAGraph] = {}
+        self._shared = len(shared)
+        if shared:
+            self._pass(torch.tensor([list(shared)], device=self._device), [sequences], 0)
+
+    def fill(self, sequences: Sequence[int], prompts: Sequence[Sequence[int]], width: int) -> None:
+        """Begin these sequences anew with the prompts [P], each less than what all share, padded to `width` tokens.
+
+        Padding follows a prompt: no token sees it, and what is generated takes its place.
+        """
+        start, rest = self._shared, [list(prompt[self._shared :]) for prompt in prompts]
+        ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in rest], device=self._device)
+        place = torch.tensor(sequences, device=self._device)
+        if start:
+            self._ragged.copy(len(self._column), place, start)
+        hidden = self._pass(ids, sequences, start)  # [P, width, D]
+        lengths = torch.tensor([len(row) for row in rest], device=self._device)
+        last = hidden[torch.arange(len(rest), device=self._device), lengths - 1]
+        self._next[place] = self._head(last).argmax(-1)
+        self._ragged.column[place] = lengths + start
+        for sequence, row in zip(sequences, rest, strict=True):
+            self._column[sequence] = start + len(row)
+
+    def steps(self, count: int) -> list[list[int]]:
+        """Advance every sequence by `count` tokens.
+
+        Returns:
+            [sequences][count + 1]: the token that each had last, and those that followed.
+        """
+        visible = min(self._ragged.columns, -(-(max(self._column) + count) // BLOCK) * BLOCK)
+        tokens = [self._next.clone()]
+        for _ in range(count):
+            self._advance(visible)
+            tokens.append(self._next.clone())
+        self._column = [min(column + count, self._ragged.columns - 1) for column in self._column]
+        found: list[list[int]] = torch.stack(tokens, 1).tolist()
+        return found
+
+    def _pass(self, ids: Tensor, sequences: Sequence[int], start: int) -> Tensor:
+        """Hidden states [P, T, D] of ids [P, T], which extend these sequences from column `start` on."""
+        self._ragged.prefill(torch.tensor(sequences, device=self._device), start)
+        places = torch.arange(start, start + ids.shape[1], device=self._device)[None]
+        return self._forward(input_ids=ids, position_ids=places)
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        hidden: Tensor = self._body(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state
+        return hidden
+
+    def _step(self, visible: int) -> None:
+        mask, places = self._ragged.step(visible)
+        hidden = self._forward(input_ids=self._next[:, None], attention_mask=mask, position_ids=places)
+        self._next.copy_(self._head(hidden)[:, 0].argmax(-1))
+        self._ragged.advance()
+
+    def _advance(self, visible: int) -> None:
+        self._steps += 1
+        # A graph pays only where many steps follow.
+        if not self._graphs or self._device.type != "cuda" or self._steps <= STEPS_AT_ONCE["cuda"]:
+            self._step(visible)
+            return
+        backend = self._cache.state.backend
+        steady = backend.steady(full=min(self._column) + 1 >= self._topk)
+        if steady is None:
+            self._step(visible)
+        elif steady in self._recorded:
+            self._recorded[steady].replay()
+        else:
+            self._cache.state.backend = steady
+            try:
+                # The first step prepares what a recording may not: plans, compiled kernels, workspaces.
+                self._step(self._ragged.columns)
+                self._recorded[steady] = self._record()
+            finally:
+                self._cache.state.backend = backend
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        """A step that sees every column. Recording computes nothing."""
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators(self._cache.state.format):
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step(self._ragged.columns)
+        return graph

@@ -1,0 +1,232 @@
+"""The native engine: which sequences share a step, what they compute, and that nothing else does."""
+
+import pytest
+import torch
+
+import evalkit
+from evalkit.evaluate.damage import damaging
+from evalkit.evaluate.engines import decoding
+from evalkit.evaluate.engines.base import Label, Prompt, Span
+from evalkit.evaluate.engines.decoding import Decoder
+from evalkit.evaluate.engines.native import NativeEngine
+from evalkit.evaluate.lm import EvalkitLM
+
+CANDIDATES = ("bf16@reference", "fp8_e4m3:one@reference", "fp8_ds_mla@reference")
+
+
+def asked(count, until=(), max_new=9, beginning=()):
+    """Prompts of random tokens, of other lengths and budgets."""
+    draw = torch.Generator().manual_seed(3)
+    return [
+        Prompt(
+            label=Label("t", i),
+            ids=[*beginning, *torch.randint(3, 99, (20 + 9 * (i % 4),), generator=draw).tolist()],
+            max_new=max_new - i % 3,
+            until=until,
+        )
+        for i in range(count)
+    ]
+
+
+def answers(engine, requests):
+    found = dict(engine.generate(requests))
+    assert sorted(found) == list(range(len(requests)))
+    return [(list(found[i].ids), found[i].ended) for i in range(len(requests))]
+
+
+@pytest.fixture
+def engine(grafted_model, tokenizer):
+    def make(candidate=None, model=grafted_model, **options):
+        return NativeEngine(model, candidate, tokenizer=tokenizer, **{"batch_size": 3} | options)
+
+    return make
+
+
+def test_a_waiting_prompt_takes_the_room_of_an_answer_that_ended(engine, tokenizer, monkeypatch):
+    """Fewer steps than rounds of the longest answers would take, and the answers of each prompt alone."""
+    alone = [answers(engine(), [one])[0] for one in asked(7)]
+    said = [set(ids) for ids, _ in alone]
+    until = (
+        tokenizer.decode(
+            [min(token for token in set.union(*said) if not all(token in some for some in said))]
+        ),
+    )
+    requests = asked(7, until=until)
+    alone = [answers(engine(), [one])[0] for one in requests]
+    assert {ended for _, ended in alone} == {"stop", "length"}
+    steps = []
+    advance = Decoder._advance
+    monkeypatch.setattr(Decoder, "_advance", lambda self, visible: (steps.append(1), advance(self, visible)))
+    assert answers(engine(), requests) == alone
+    assert len(steps) < 3 * 9
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 64])
+def test_answers_do_not_depend_on_how_many_steps_are_fetched_at_once(engine, tokenizer, monkeypatch, at_once):
+    want = answers(engine(), asked(5))
+    until = (tokenizer.decode(want[2][0][2:3]),)
+    requests = asked(5, until=until)
+    want = [answers(engine(), [one])[0] for one in requests]
+    monkeypatch.setitem(decoding.STEPS_AT_ONCE, "cpu", at_once)
+    assert answers(engine(), requests) == want
+
+
+def test_a_beginning_that_all_share_changes_no_answer(engine, monkeypatch):
+    requests = asked(5, beginning=[7, 8, 9, 10] * 85)
+    filled = []
+    pass_ = Decoder._pass
+    monkeypatch.setattr(
+        Decoder,
+        "_pass",
+        lambda self, ids, *rest: (filled.append(tuple(ids.shape)), pass_(self, ids, *rest))[1],
+    )
+    together = answers(engine(), requests)
+    assert filled[0] == (1, 320)
+    assert all(width < 320 for _, width in filled[1:])
+    filled.clear()
+    assert together == [answers(engine(), [one])[0] for one in requests]
+    assert all(width > 320 for _, width in filled)
+
+
+def test_candidates_do_not_change_each_others_answers(engine, checkpoint):
+    """Each alone in a model of its own, and all in turn on one, in both orders."""
+    requests = asked(5)
+    alone = {}
+    for candidate in CANDIDATES:
+        model = evalkit.load(checkpoint, device="cpu", dtype=torch.float32)
+        alone[candidate] = answers(engine(candidate, model), requests)
+    assert len({str(one) for one in alone.values()}) > 1
+    for order in (CANDIDATES, CANDIDATES[::-1]):
+        assert {candidate: answers(engine(candidate), requests) for candidate in order} == alone
+
+
+def test_shapes_are_those_of_the_requests_for_every_candidate(engine, grafted_model, monkeypatch):
+    shapes = []
+    forward = grafted_model.base_model.forward
+
+    def spy(**inputs):
+        shapes.append((tuple(inputs["input_ids"].shape), inputs["past_key_values"].state.candidate.format))
+        return forward(**inputs)
+
+    monkeypatch.setattr(grafted_model.base_model, "forward", spy)
+    for candidate in CANDIDATES:
+        answers(engine(candidate), asked(8, max_new=6))
+    by_format = {}
+    for shape, name in shapes:
+        by_format.setdefault(name, []).append(shape)
+    first, *others = by_format.values()
+    assert len(others) == 2
+    assert all([s for s in other if s[1] > 1] == [s for s in first if s[1] > 1] for other in others)
+    assert {s for s in first if s[1] == 1} == {(3, 1)}
+
+
+def test_damage_repeats_itself_where_prompts_wait(engine):
+    requests = asked(7)
+    whole = answers(engine(), requests)
+    first, again = (answers(engine(damage=0.7), requests) for _ in range(2))
+    assert first == again
+    assert first != whole
+
+
+def test_many_spans_are_scored_in_bounded_passes(engine, tokenizer, grafted_model, monkeypatch):
+    spans = [
+        Span(label=Label("t", i), context=tokenizer("x" * 100)["input_ids"], continuation=[5 + i, 6])
+        for i in range(9)
+    ]
+    tokens = []
+    forward = grafted_model.base_model.forward
+
+    def spy(**inputs):
+        tokens.append(inputs["input_ids"].shape)
+        return forward(**inputs)
+
+    alone = [dict(engine().score([one]))[0] for one in spans]
+    monkeypatch.setattr(grafted_model.base_model, "forward", spy)
+    found = dict(engine(batch_size=4).score(spans))
+    assert [found[i][0] for i in range(9)] == pytest.approx([nats for nats, _ in alone], rel=1e-5)
+    assert all(shape.numel() <= 4 * 256 for shape in tokens)
+
+
+def test_nothing_to_generate_is_nothing(engine):
+    assert list(engine().generate([])) == []
+
+
+def test_prompts_are_tokenised_once_for_all_candidates(grafted_model, tokenizer, ask, monkeypatch):
+    texts = [f"The code of river {i}" for i in range(4)]
+    wanted = {"until": [], "do_sample": False, "max_gen_toks": 2}
+    requests = ask("generate_until", *[(text, wanted) for text in texts])
+    monkeypatch.setattr("evalkit.evaluate.lm._PROMPTS", {})
+    calls = []
+    encode = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, some, **k: (calls.append(some), encode(self, some, **k))[1]
+    )
+    first = EvalkitLM(grafted_model, tokenizer=tokenizer).generate_until(requests)
+    assert calls == [texts]
+    again = EvalkitLM(grafted_model, tokenizer=tokenizer, candidate=CANDIDATES[1])
+    again.generate_until(requests)
+    assert calls == [texts]
+    assert first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "candidate",
+    ["bf16@flashinfer", "fp8_e4m3:one@flashinfer", "fp8_ds_mla@flashmla", "bf16@flashmla",
+     "nvfp4_ds_mla@flashmla+read=decoded", "fp8_ds_mla@flashmla+index=fp8"],
+)  # fmt: skip
+def test_recorded_steps_are_the_steps(candidate):
+    """A CUDA graph gives the tokens that the same steps give one by one, also after new prompts came in."""
+    model = evalkit.load("dsa-nano", device="cuda")
+    length = model.config.index_topk + 60
+    requests = [
+        Prompt(
+            label=Label("t", i),
+            ids=[3 + (i * 7 + j * j) % 900 for j in range(length - i)],
+            max_new=40 + 8 * i,
+        )
+        for i in range(9)
+    ]
+    replayed = []
+    recorded, one_by_one = (
+        answers(NativeEngine(model, candidate, batch_size=4, graphs=graphs), requests)
+        for graphs in (True, False)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        replay = torch.cuda.CUDAGraph.replay
+        patch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(1), replay(graph))[1])
+        again = answers(NativeEngine(model, candidate, batch_size=4), requests)
+    assert len(replayed) > 60
+    assert recorded == again == one_by_one
+
+
+@pytest.mark.gpu
+def test_recorded_steps_draw_fresh_damage():
+    model = evalkit.load("dsa-nano", device="cuda")
+    ids = [3 + (j * j) % 900 for j in range(600)]
+    drawn = []
+    with torch.inference_mode():
+        decoder = Decoder(model, damaging(model.evalkit.new_cache, 0.1)(), 4, 800)
+        decoder.fill([0, 1, 2, 3], [ids] * 4, 640)
+        decoder.steps(20)
+        assert decoder._recorded
+        layer = decoder._cache.state.layers[0]
+        decoder.steps(4)
+        rows = layer.rows.view(-1, 1152)[620:624].clone()
+        drawn = [row.tolist() for row in rows]
+    assert len({tuple(row) for row in drawn}) == 4
+
+
+@pytest.mark.gpu
+def test_short_contexts_are_answered_by_steps_that_are_not_recorded():
+    """FlashInfer has to be told how many slots a query has, as long as it has fewer than top-k."""
+    model = evalkit.load("dsa-nano", device="cuda")
+    requests = [
+        Prompt(label=Label("t", i), ids=[3 + (i + j * j) % 900 for j in range(480 + 10 * i)], max_new=80)
+        for i in range(4)
+    ]
+    with_graphs, without = (
+        answers(NativeEngine(model, "bf16@flashinfer", batch_size=4, graphs=graphs), requests)
+        for graphs in (True, False)
+    )
+    assert with_graphs == without
