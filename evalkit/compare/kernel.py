@@ -15,16 +15,20 @@ def row_kernel(
     sums,  # [T, 4] float64
     largest,  # [T] float64
     at,  # [T] int64
-    histogram,  # [BINS] int64, added to
+    histogram,  # [SIDE * SIDE] int64, added to
     width,  # V
     got_stride,
     ref_stride,
     MASKED: tl.constexpr,
     SHIFT: tl.constexpr,
-    BINS: tl.constexpr,
+    SIDE: tl.constexpr,  # the square root of the histogram's size, a power of two
     BLOCK: tl.constexpr,
 ):
-    """One program takes one row; see `sums.Sums` for what it writes."""
+    """One program takes one row; see `sums.Sums` for what it writes.
+
+    Errors are counted by a matrix product: column i of `high` says in which row of a square of bins error i is, row i
+    of `low` in which column. Atomic additions to so few addresses would take several times as long.
+    """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     got_sq = tl.zeros([BLOCK], tl.float64)
@@ -33,7 +37,8 @@ def row_kernel(
     error_sq = tl.zeros([BLOCK], tl.float64)
     best = tl.full([BLOCK], -1.0, tl.float64)
     place = tl.zeros([BLOCK], tl.int32)
-    counts = tl.zeros([BINS], tl.int32)
+    counts = tl.zeros([SIDE, SIDE], tl.float32)
+    line = tl.arange(0, SIDE)
     start = 0
     while start < width:
         column = start + lane
@@ -52,11 +57,13 @@ def row_kernel(
         larger = inside & (error > best)
         best = tl.where(larger, error, best)
         place = tl.where(larger, column, place)
-        bits = error.to(tl.float32).to(tl.int32, bitcast=True) >> SHIFT
-        # The bin of a NaN is no bin; whoever reads the sums sees it there.
-        counts += tl.histogram(tl.where(bits < BINS, bits, 0), BINS, mask=inside)
+        # What the mask leaves out is in no bin.
+        bits = tl.where(inside, error.to(tl.float32).to(tl.int32, bitcast=True) >> SHIFT, SIDE * SIDE)
+        high = (line[:, None] == (bits // SIDE)[None, :]).to(tl.float16)  # [SIDE, BLOCK]
+        low = ((bits % SIDE)[:, None] == line[None, :]).to(tl.float16)  # [BLOCK, SIDE]
+        counts = tl.dot(high, low, counts)
         start += BLOCK
-    bins = tl.arange(0, BINS)
+    bins = line[:, None] * SIDE + line[None, :]
     tl.atomic_add(histogram + bins, counts.to(tl.int64), mask=counts > 0)
     tl.store(sums + row * 4, tl.sum(got_sq))
     tl.store(sums + row * 4 + 1, tl.sum(ref_sq))

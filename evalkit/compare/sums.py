@@ -6,6 +6,7 @@ In torch a chunk of rows at a time, which passes over it a dozen times; on an NV
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -16,7 +17,7 @@ MANTISSA_SHIFT: Final = 19  # keeps a float32's exponent and the first four bits
 BINS: Final = 1 << (31 - MANTISSA_SHIFT)
 CHUNK_CPU: Final = 1 << 17  # values: what stays in a core's cache through the dozen passes over it
 CHUNK_GPU: Final = 1 << 24
-WIDEST_BLOCK: Final = 2048  # values of a row that one program of the kernel holds
+BLOCK: Final = 256  # values of a row that one program of the kernel holds at once
 
 
 class Sums(NamedTuple):
@@ -93,8 +94,7 @@ def launch(got: Tensor, ref: Tensor, keep: Tensor | None) -> Sums:
         ref.stride(0),
         MASKED=keep is not None,
         SHIFT=MANTISSA_SHIFT,
-        BINS=BINS,
-        BLOCK=min(WIDEST_BLOCK, max(128, 1 << (width - 1).bit_length())),
-        num_warps=8,
+        SIDE=math.isqrt(BINS),
+        BLOCK=BLOCK,
     )
     return Sums(sums, largest, at, histogram.cpu())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from evalkit import kv
 from evalkit.attention.backends import decoded
-from evalkit.attention.backends.kernels import packing, unpacking
+from evalkit.attention.backends.kernels import packing, unpacking, weighing
 from evalkit.kv import Scales
 
 SCALES = Scales(latent=0.0123, rope=0.0171)  # neither is a bf16 number
@@ -40,6 +40,26 @@ def check_query(device: str) -> None:
         for pair in ((latent, rope), apart, outer, (whole[..., :512], whole[..., 512:])):
             got = packing.query(*pair, queries, width)
             assert torch.equal(got.view(torch.int16), want.view(torch.int16)), (given, heads)
+
+
+def check_weighing(device: str) -> None:
+    for queries, heads, keys in ((3, 5, 64), (2, 8, 700), (1, 3, 2048)):
+        draw = torch.Generator().manual_seed(keys)
+        scores = (30 * torch.randn(queries, heads, keys, generator=draw)).to(device)
+        numbers = torch.randint(-3, 9, (queries, keys), generator=draw).clamp(min=-1).to(device)
+        numbers[0] = -1
+        terms, lse = weighing.weigh(scores, numbers, 0.13)
+        wanted = (scores.double() * 0.13).masked_fill((numbers < 0)[:, None], -torch.inf)
+        weights = wanted.softmax(-1).nan_to_num(0.0)
+        got = sum(term.double() for term in terms)
+        torch.testing.assert_close(got, weights, rtol=2e-6, atol=1e-12)
+        torch.testing.assert_close(lse.double(), wanted.logsumexp(-1), rtol=1e-6, atol=1e-6)
+        assert not got[0].any()
+        assert lse[0].isneginf().all()
+    scores[0, 0, 5], scores[0, 1, 6], numbers[:] = torch.nan, torch.inf, 1
+    terms, lse = weighing.weigh(scores, numbers, 0.13)
+    assert terms[0].isnan().any(-1).tolist() == [[True, True, False]]
+    assert lse.isfinite().tolist() == [[False, False, True]]
 
 
 def check_results(device: str) -> None:
@@ -103,6 +123,7 @@ def rows(format: kv.RowFormat, device: str) -> Tensor:
 def main(device: str = "cpu") -> None:
     check_taking(device)
     check_query(device)
+    check_weighing(device)
     check_results(device)
     check_unpacking(device)
 

@@ -33,7 +33,7 @@ def test_the_kernels_agree_with_torch_under_tritons_interpreter() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", ["taking", "query", "results", "unpacking"])
+@pytest.mark.parametrize("check", ["taking", "query", "weighing", "results", "unpacking"])
 def test_the_kernels_agree_with_torch_on_a_gpu(check: str) -> None:
     from tests.attention import packing_triton
 

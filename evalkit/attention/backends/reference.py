@@ -11,6 +11,7 @@ up its 24 bits, so that products are exact, and sums are float32's. Float32 prod
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -141,27 +142,27 @@ def attend_gathered(
     keys = torch.cat([keys, keys.new_zeros(1, keys.shape[1])])
     narrow = query.dtype == torch.bfloat16
     parts = _terms(keys, 1 if torch.equal(keys, keys.bfloat16().float()) else TERMS) if narrow else [keys]
-    whole = (numbers >= 0).all(1).split(step)
-    complete = torch.stack([part.all() for part in whole]).tolist() if whole else []
-    for number, start in enumerate(range(0, len(query), step)):
+    for start in range(0, len(query), step):
         part = slice(start, start + step)
-        valid = numbers[part] >= 0
-        chosen = numbers[part].where(valid, len(keys) - 1)
+        chosen = numbers[part].where(numbers[part] >= 0, len(keys) - 1)
         rows = [x[chosen] for x in parts]  # each [t, K, C + R]
-        scores = _product([query[part]], [x.transpose(1, 2) for x in rows]).mul_(sm_scale)  # [t, H, K]
-        if not complete[number]:
-            # A query without any valid row weighs rows of zeros.
-            scores.masked_fill_((~valid & valid.any(1, keepdim=True))[:, None], -torch.inf)
-        weights = scores.softmax(-1)
-        most = scores.amax(-1)
-        # The largest weight is 1 over the sum of exponentials, unless a score is not finite.
-        lse[part] = most - weights.amax(-1).log().where(most.isfinite(), 0.0)
-        if not complete[number]:
-            lse[part].masked_fill_(~valid.any(1, keepdim=True), -torch.inf)
-        del scores
-        terms = _terms(weights, TERMS) if narrow else [weights]
-        out[part] = _product(terms, [x[..., :width] for x in rows]).to(out.dtype)
+        scores = _product([query[part]], [x.transpose(1, 2) for x in rows])  # [t, H, K]
+        weights, lse[part] = _weigh(scores, numbers[part], sm_scale, narrow)
+        out[part] = _product(weights, [x[..., :width] for x in rows]).to(out.dtype)
     return out, lse
+
+
+def _weigh(scores: Tensor, numbers: Tensor, sm_scale: float, narrow: bool) -> tuple[list[Tensor], Tensor]:
+    """The softmax of scores [t, H, K], as terms where the rows are terms, and lse [t, H]; see `attend_gathered`."""
+    if narrow and scores.is_cuda and importlib.util.find_spec("triton") is not None:
+        from evalkit.attention.backends.kernels import weighing
+
+        return weighing.weigh(scores, numbers, sm_scale)
+    scores = scores.mul_(sm_scale).masked_fill_((numbers < 0)[:, None], -torch.inf)
+    total = scores.logsumexp(-1, keepdim=True)
+    # As in `_attend`: a query without any valid row keeps weight 0 everywhere.
+    weights = scores.sub_(total.clamp(min=torch.finfo(torch.float32).min)).exp_()
+    return _terms(weights, TERMS) if narrow else [weights], total.squeeze(-1)
 
 
 def _terms(x: Tensor, count: int) -> list[Tensor]:
