@@ -131,7 +131,11 @@ def _backend(launch: dict[str, Any], version: str) -> str:
         if name not in AttentionBackendEnum.__members__:
             refused.append(f"vLLM {version} has no {name}")
             continue
-        kind = AttentionBackendEnum[name].get_class()
+        try:
+            kind = AttentionBackendEnum[name].get_class()
+        except ImportError as error:
+            refused.append(f"{name} does not import: {error}")
+            continue
         capability = current_platform.get_device_capability()
         if capability is None:
             refused.append("vLLM sees no GPU here")

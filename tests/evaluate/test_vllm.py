@@ -1,0 +1,286 @@
+"""vLLM as an engine, against a stand-in of its recorded signatures in a process of its own."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evalkit import kv
+from evalkit.errors import InputError
+from evalkit.evaluate.engines.base import Label, Prompt, Span
+from evalkit.evaluate.engines.launch import launch
+from evalkit.evaluate.engines.native import NativeEngine
+from evalkit.evaluate.engines.process import EngineDiedError
+from evalkit.evaluate.engines.vllm import ANSWERS, PROOF, VllmEngine, refuse_other_path
+from evalkit.kv import Scales
+
+STAND_IN = str(Path(__file__).parent / "stand_in")
+LENGTH = 256
+
+
+@pytest.fixture
+def start(checkpoint, tmp_path, monkeypatch):
+    """An engine of the stand-in; `script` says what goes wrong in it."""
+    engines = []
+    monkeypatch.setenv("PYTHONPATH", STAND_IN)
+
+    def started(candidate="bf16@flashmla", version="0.25.1", script=None, folder="engine", **options):
+        logprobs = options.pop("logprobs", None)
+        engine = VllmEngine(
+            launch(checkpoint, candidate, max_length=LENGTH, **options),
+            tmp_path / folder,
+            logprobs=logprobs,
+            environment={"STAND_IN_VERSION": version, "STAND_IN_SCRIPT": json.dumps(script or {})},
+        )
+        engines.append(engine)
+        return engine
+
+    yield started
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def prompts(tokenizer):
+    def prompt(number, text, max_new=6, until=()):
+        return Prompt(
+            label=Label("some_task", number), ids=tokenizer(text)["input_ids"], max_new=max_new, until=until
+        )
+
+    return [prompt(0, "one two three"), prompt(1, "4 5 6 7 8 9", 9), prompt(2, "one two three")]
+
+
+@pytest.fixture(scope="module")
+def native(checkpoint):
+    import evalkit
+
+    return NativeEngine(evalkit.load(checkpoint, "bf16@reference+index=fp8", device="cpu"), batch_size=1)
+
+
+def kept(folder):
+    return [json.loads(line) for line in (folder / ANSWERS).read_text().splitlines()[1:]]
+
+
+def test_it_answers_and_scores_as_this_projects_own_engine(start, prompts, native, tokenizer):
+    wanted = dict(native.generate(prompts))
+    # A stop string in the middle of what it writes anyway.
+    text = tokenizer.decode(wanted[1].ids)
+    stopping = Prompt(label=Label("some_task", 9), ids=prompts[1].ids, max_new=9, until=[text[3:5]])
+    engine = start(logprobs=2)
+    found = dict(engine.generate([*prompts, stopping]))
+    wanted[3] = next(native.generate([stopping]))[1]
+    assert {place: list(answer.ids) for place, answer in found.items()} == {
+        place: list(answer.ids) for place, answer in wanted.items()
+    }
+    assert found[3].ended == "stop"
+    assert len(found[3].ids) < 9
+    assert {place: one.ended for place, one in found.items()} == {
+        place: one.ended for place, one in wanted.items()
+    }
+    assert [len(one.logprobs) for one in found.values()] == [len(one.ids) for one in found.values()]
+
+    spans = [
+        Span(label=Label(None, None), context=prompts[0].ids, continuation=wanted[0].ids),
+        Span(label=Label(None, None), context=prompts[0].ids, continuation=[5, 6, 7]),
+    ]
+    scored, ours = dict(engine.score(spans)), dict(native.score(spans))
+    assert {place: greedy for place, (_, greedy) in scored.items()} == {0: True, 1: False}
+    for place, (nats, _) in scored.items():
+        assert nats == pytest.approx(ours[place][0], rel=0.02)
+
+
+def test_a_worker_that_dies_is_replaced_and_nothing_is_asked_twice(start, prompts, native, tmp_path):
+    script = {"die_at": 8, "once": str(tmp_path / "died")}
+    engine = start(script=script)
+    found = list(engine.generate(prompts))
+    assert engine.starts == 2
+    assert sorted(place for place, _ in found) == [0, 1, 2]
+    assert {place: list(one.ids) for place, one in found} == {
+        place: list(one.ids) for place, one in native.generate(prompts)
+    }
+    keys = [one["key"] for one in kept(engine.folder)]
+    assert len(keys) == len(set(keys)) == 3
+
+
+def test_a_killed_run_asks_for_the_rest_only(start, prompts, tmp_path):
+    engine = start()
+    whole = dict(engine.generate(prompts))
+    lines = (engine.folder / ANSWERS).read_bytes().splitlines(keepends=True)
+    (tmp_path / "again").mkdir()
+    cut_off = lines[0] + lines[1] + lines[2][: len(lines[2]) // 2]
+    (tmp_path / "again" / ANSWERS).write_bytes(cut_off)
+    # One of three is answered, and the dead worker would tell of a question about it.
+    again = start(folder="again")
+    assert dict(again.generate(prompts)) == whole
+    assert len(kept(again.folder)) == 3
+    assert dict(again.generate(prompts)) == whole
+
+    last = start(folder="again", script={"fail_start": "must not be started"})
+    assert dict(last.generate(prompts)) == whole
+    assert last.starts == 0
+
+
+def test_another_engines_answers_are_not_taken(start, prompts, tmp_path):
+    list(start().generate(prompts[:1]))
+    with pytest.raises(InputError, match="holds the answers of another engine"):
+        start("fp8_ds_mla@flashmla")
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "too little GPU memory"),
+        ("ValueError: No available memory for the cache blocks. Try", "too little GPU memory"),
+        ("OSError: [Errno 98] Address already in use", "a port is in use"),
+        ("ValueError: No valid attention backend found for cuda", "name another backend or format"),
+    ],
+)
+def test_a_start_that_can_be_mended_ends_in_one_line(start, prompts, said, refused):
+    engine = start(script={"fail_start": said})
+    with pytest.raises(InputError, match=refused) as error:
+        list(engine.generate(prompts))
+    assert "\n" not in str(error.value)
+    assert engine.starts == 1
+
+
+def test_what_cannot_be_mended_says_its_last_line(start, prompts):
+    engine = start(script={"die_at": 1, "say": "CUDA error: an illegal memory access was encountered"})
+    with pytest.raises(EngineDiedError, match=r"code 1.*illegal memory access"):
+        list(engine.generate(prompts))
+    assert engine.starts == 3
+
+
+def test_without_vllm_the_line_says_so(start, prompts, monkeypatch, tmp_path):
+    broken = tmp_path / "broken" / "vllm"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libcudart.so.13: no such file')")
+    engine = start()
+    monkeypatch.setenv("PYTHONPATH", str(broken.parent))
+    with pytest.raises(InputError, match=r"cannot be imported here \(libcudart.so.13"):
+        list(engine.generate(prompts))
+
+
+@pytest.mark.parametrize(
+    ("candidate", "version", "script", "refused"),
+    [
+        ("fp8_e4m3@flashinfer", "0.25.1", {"FLASHINFER_MLA_SPARSE": 10},
+         "0.25.1 has no FLASHINFER_MLA_SPARSE_SM90; FLASHINFER_MLA_SPARSE does not run on SM90"),
+        ("nvfp4_ds_mla@flashmla", "0.25.1", {}, "0.25.1 has no kv_cache_dtype nvfp4_ds_mla"),
+        ("bf16@flashmla", "0.25.1", {"backend": "FLASH_ATTN_MLA_SPARSE"}, "on FLASH_ATTN_MLA_SPARSE, not FLASHMLA"),
+    ],
+)  # fmt: skip
+def test_what_a_version_lacks_is_refused(start, candidate, version, script, refused):
+    with pytest.raises(InputError, match=refused):
+        start(candidate, version, script).start()
+
+
+def test_the_older_version_is_repaired_and_says_so(start):
+    old, new = (start("fp8_ds_mla@flashmla", version, folder=version) for version in ("0.25.1", "0.33.0"))
+    assert "kv_quant_mode" in old.start()["repairs"][0]
+    assert new.start()["repairs"] == []
+    for engine in (old, new):
+        proof = json.loads((engine.folder / PROOF).read_text())
+        assert {layer["row_bytes"] for layer in proof["layers"]} == {656}
+        assert {layer["backend"] for layer in proof["layers"]} == {"FLASHMLA_SPARSE"}
+
+
+def test_newer_versions_attend_short_prompts_past_the_cache(start, prompts, tokenizer):
+    topk = 16
+    short, long = (tokenizer("x" * length)["input_ids"] for length in (topk - 2, topk + 3))
+    label = Label(None, None)
+    spans = [Span(label=label, context=ids, continuation=ids[:1]) for ids in (short, long)]
+    first, more = (Prompt(label=label, ids=short, max_new=count) for count in (1, 2))
+    old, new = (start(version=version, folder=version) for version in ("0.25.1", "0.33.0"))
+    assert [old.stored(one) for one in (*spans, first, more)] == [True] * 4
+    assert [new.stored(one) for one in (*spans, first, more)] == [False, True, False, True]
+    assert start(version="0.33.0", folder="forced", force_stored=True).stored(spans[0])
+
+
+def test_scales_are_set_and_what_vllm_uses_is_told(start):
+    engine = start("fp8_e4m3:calibrated@flashinfer", "0.33.0", scales={0: 0.25, 1: 0.5})
+    proof = engine.start()
+    assert [layer["k_scale"] for layer in proof["layers"]] == [0.25, 0.5]
+    assert proof["loaded_k_scales"] == [1.0, 1.0]
+    assert not any(layer["loads_scales"] for layer in proof["layers"])
+    proof["layers"][1]["k_scale"] = 1.0
+    with pytest.raises(InputError, match=r"layer 1 uses k_scale 1, not 0\.5"):
+        refuse_other_path(engine.launch, proof)
+
+
+@pytest.mark.parametrize("candidate", ["bf16@flashmla", "fp8_ds_mla@flashmla"])
+def test_layers_and_logits_are_kept_as_the_engine_computed_them(start, tokenizer, candidate):
+    documents = [tokenizer("the first of them " * 3)["input_ids"], tokenizer("another")["input_ids"]]
+    engine = start(candidate)
+    files = engine.keep(documents)
+    for ids, file in zip(documents, files, strict=True):
+        logits = load_file(file)["logits"]
+        assert logits.shape == (len(ids) - 1, len(tokenizer))
+        assert logits.dtype == torch.bfloat16
+        told = json.loads(file.with_suffix(".json").read_text())["chosen"]
+        ours = logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(told), ours, rtol=0, atol=1e-5)
+
+    before = files[0].stat().st_mtime_ns
+    assert engine.keep(documents) == files
+    assert files[0].stat().st_mtime_ns == before
+
+    (file,) = engine.keep(documents[:1], layers=True)
+    found, tokens = load_file(file), len(documents[0])
+    name = {"bf16@flashmla": "bf16", "fp8_ds_mla@flashmla": "fp8_ds_mla_fp32scale"}[candidate]
+    for layer in range(2):
+        assert found[f"{layer}.hidden"].shape == (tokens, 32)
+        assert found[f"{layer}.output"].shape == (tokens, 32)
+        assert found[f"{layer}.values"].shape == (tokens, 2 * 16)
+        selection = found[f"{layer}.selection"]
+        assert ((selection >= 0).sum(1) == torch.arange(1, tokens + 1).clamp(max=16)).all()
+        rows = found[f"{layer}.rows"]
+        assert rows.shape == (tokens, kv.get(name).row_bytes)
+        if name == "bf16":
+            ours = kv.get(name).encode(found[f"{layer}.latent"], found[f"{layer}.rope"], Scales())
+            assert torch.equal(ours.view(torch.uint8), rows)
+
+
+def test_layers_need_eager_mode(start):
+    with pytest.raises(InputError, match="eager"):
+        start(eager=False).keep([[1, 2]], layers=True)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "options", "refused"),
+    [
+        ("bf16@reference", {}, "vLLM has no backend 'reference'; give flashmla, flash_attn, flashinfer"),
+        ("fp8@flash_attn", {}, "no meaning of its own on backend 'FLASH_ATTN_MLA_SPARSE'"),
+        ("fp8_group128@flashinfer", {}, "vLLM stores no fp8_group128"),
+        ("bf16@flashmla+index=bf16", {}, "vLLM writes indexer keys as fp8"),
+        ("bf16@flashmla+read=decoded", {}, "read in their own way"),
+        ("fp8_e4m3:checkpoint@flashinfer", {}, "needs the scale of every layer"),
+        ("bf16@flashmla", {"tensor_parallel": 2, "gpus": (0,)}, "takes 2 GPUs, 1 are named"),
+        ("bf16@flashmla", {"memory_share": 1.5}, "memory_share is 1.5"),
+        ("bf16@flashmla", {"extra": {"data_parallel_size": 2}}, "one engine for each GPU"),
+    ],
+)
+def test_a_launch_says_what_vllm_cannot_be_asked(checkpoint, candidate, options, refused):
+    with pytest.raises(InputError, match=refused):
+        launch(checkpoint, candidate, max_length=LENGTH, **options)
+
+
+def test_a_launch_resolves_vllms_aliases(checkpoint):
+    def formats(candidate):
+        made = launch(checkpoint, candidate, max_length=LENGTH)
+        return made.candidate, made.cache_dtype, made.backends[0]
+
+    assert formats("fp8@flashmla") == ("fp8_ds_mla@flashmla", "fp8_ds_mla", "FLASHMLA_SPARSE")
+    assert formats("fp8@flashinfer") == ("fp8_e4m3:one@flashinfer", "fp8_e4m3", "FLASHINFER_MLA_SPARSE_SM90")
+    assert formats("auto@flash_attn") == ("bf16@flash_attn", "bfloat16", "FLASH_ATTN_MLA_SPARSE")
+    assert formats("bf16@FLASHMLA_SPARSE")[2] == "FLASHMLA_SPARSE"
+
+
+def test_the_engine_runs_on_the_gpus_that_are_named(start):
+    engine = start(gpus=(3,))
+    assert engine._environment["CUDA_VISIBLE_DEVICES"] == "3"
+    assert engine.launch.fingerprint == start(gpus=(1,), folder="other").launch.fingerprint
+    assert engine.launch.fingerprint != start("fp8_ds_mla@flashmla", folder="fp8").launch.fingerprint
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ or os.environ["CUDA_VISIBLE_DEVICES"] != "3"
