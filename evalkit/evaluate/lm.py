@@ -42,6 +42,7 @@ class Coverage:
 
     stored: whether their attention read rows of a candidate's cache.
     truncated: whether a generation ended at its length limit; None where nothing was generated.
+    ids: the generated tokens, their stop included; None where nothing was generated.
     """
 
     task: str | None
@@ -50,6 +51,7 @@ class Coverage:
     scored_tokens: int
     stored: bool = False
     truncated: bool | None = None
+    ids: Sequence[int] | None = None
 
     def over(self, topk: int) -> int:
         """Scored tokens with more than topk tokens before them: those whose attention had to select."""
@@ -241,7 +243,7 @@ class EvalkitLM(TemplateLM):
                 text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
                 texts[i] = postprocess_generated_text(text, list(prompts[i].until), think_end_token=None)
                 truncated = answer.ended == "length"
-                self._cover(prompts[i], len(prompts[i].ids), len(answer.ids), truncated)
+                self._cover(prompts[i], len(prompts[i].ids), len(answer.ids), truncated, answer.ids)
                 bar.update()
         return texts
 
@@ -307,7 +309,12 @@ class EvalkitLM(TemplateLM):
             )
 
     def _cover(
-        self, request: Prompt | Span, context_tokens: int, scored_tokens: int, truncated: bool | None = None
+        self,
+        request: Prompt | Span,
+        context_tokens: int,
+        scored_tokens: int,
+        truncated: bool | None = None,
+        ids: Sequence[int] | None = None,
     ) -> None:
         self.coverage.append(
             Coverage(
@@ -317,6 +324,7 @@ class EvalkitLM(TemplateLM):
                 scored_tokens=scored_tokens,
                 stored=self.engine.stored(request),
                 truncated=truncated,
+                ids=ids,
             )
         )
 

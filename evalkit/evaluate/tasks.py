@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 import evalkit
 from evalkit.errors import InputError
 from evalkit.evaluate.lm import Coverage, EvalkitLM
+from evalkit.evaluate.transcripts import transcript
 from evalkit.records import SampleRecord
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
     wall_s = time.perf_counter() - started
     rows = results["samples"][name]
     covered = tuple(coverage[before:])
-    samples = tuple(_samples(candidate, name, rows, covered))
+    samples = tuple(_samples(candidate, name, rows, covered, getattr(lm, "tokenizer", None)))
     # Counted, since lm-eval itself only warns when it loses one.
     for kept in {row["filter"] for row in rows} or {"any"}:
         seen = {row["doc_id"] for row in rows if row["filter"] == kept}
@@ -178,11 +179,12 @@ def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
 
 
 def _samples(
-    candidate: str, task: str, rows: list[dict[str, Any]], coverage: Sequence[Coverage]
+    candidate: str, task: str, rows: list[dict[str, Any]], coverage: Sequence[Coverage], tokenizer: Any
 ) -> Iterator[SampleRecord]:
     generated = {span.doc_id: span for span in coverage if span.truncated is not None}
     for row in rows:
         span = generated.get(row["doc_id"])
+        said = transcript(row, None if span is None else span.ids, tokenizer)
         for metric in row["metrics"]:
             try:
                 score = float(row[metric])
@@ -203,6 +205,7 @@ def _samples(
                 generated_tokens=None if span is None else span.scored_tokens,
                 truncated=None if span is None else span.truncated,
                 response=str(row["filtered_resps"][0]),
+                **said,
             )
 
 
