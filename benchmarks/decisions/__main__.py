@@ -40,7 +40,7 @@ PLAN = Path("benchmarks/decisions/plan.toml")
 POLICY = Path("tasks/policies/validation-bf16.toml")
 FORMATS = Path("tasks/policies/validation-formats.toml")
 GENERATED = "evalkit_registers_576"  # the documents of the policy's task, answered by generation
-NOISE = (0.02, 0.03, 0.04, 0.05, 0.065, 0.085, 0.11, 0.14)
+NOISE = (0.03, 0.04, 0.05, 0.06, 0.07, 0.085, 0.1, 0.13)
 PROFILES = ("native", "glm-5.2")
 
 
