@@ -50,7 +50,7 @@ class VllmEngine:
     ) -> None:
         self.launch, self.folder, self.logprobs = launch, folder, logprobs
         self.max_length = launch.max_length - 2  # vLLM wants room for one more token after a prompt
-        self.tokenizer, self.stop_ids = _text_of(launch.checkpoint)
+        self.tokenizer, self.stop_ids = text_of(launch.checkpoint)
         self.starts = 0
         self.proof: dict[str, Any] = {}
         self._environment = {**ENVIRONMENT, **(environment or {})}
@@ -231,7 +231,7 @@ def refuse_other_path(launch: Launch, proof: Mapping[str, Any]) -> None:
             )
 
 
-def _text_of(checkpoint: Path) -> tuple[Any, list[int]]:
+def text_of(checkpoint: Path) -> tuple[Any, list[int]]:
     """The checkpoint's tokenizer, and the tokens that end a text."""
     from transformers import AutoTokenizer
 

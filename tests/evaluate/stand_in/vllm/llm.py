@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+
+import evalkit
+from evalkit.compare.capture import Capture
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import CONTEXT
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.recorded import RECORDED, SCRIPT, CompletionOutput, Logprob, takes
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-import evalkit
-from evalkit.compare.capture import Capture
 
 FORMATS = {"bfloat16": "bf16", "fp8_ds_mla": "fp8_ds_mla_fp32scale", "fp8_e4m3": "fp8_e4m3"}
 PROBES = frozenset({"latent", "rope", "values", "output", "selection"})
