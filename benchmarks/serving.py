@@ -16,7 +16,6 @@ with vLLM in SITE (or installed) runs on one GPU, in steps that are skipped once
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -33,7 +32,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evalkit import kv
 from evalkit.evaluate.engines.base import Label, Prompt
 from evalkit.evaluate.engines.launch import launch
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF, VllmEngine

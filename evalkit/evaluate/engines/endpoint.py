@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import requests  # type: ignore[import-untyped]
+import requests
 
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.base import Answer, Prompt, Span
@@ -218,9 +218,10 @@ class EndpointEngine:
 
 
 def _card(url: str, models: Any, wanted: str | None) -> dict[str, Any]:
-    served = {str(one["id"]): one for one in (models or {}).get("data", [])}
+    served: dict[str, dict[str, Any]] = {str(one["id"]): one for one in (models or {}).get("data", [])}
     if wanted is None and len(served) == 1:
-        return next(iter(served.values()))
+        (only,) = served.values()
+        return only
     if wanted not in served:
         names = ", ".join(served) or "none"
         raise InputError(f"{url} serves {names}: " + (f"no {wanted}" if wanted else "name one of them"))

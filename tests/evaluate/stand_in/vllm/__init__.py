@@ -5,7 +5,8 @@ STAND_IN_SCRIPT says what goes wrong: {"die_at": step, "once": file, "say": line
 """
 
 from vllm.llm import LLM
-from vllm.recorded import VERSION as __version__
-from vllm.recorded import SamplingParams
+from vllm.recorded import VERSION, SamplingParams
+
+__version__ = VERSION
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
