@@ -57,7 +57,8 @@ class RunConfig:
         tasks: names of tasks to score; empty scores none.
         task_documents: documents of each task, the same for every candidate.
         data: a folder for tasks that read files, as docs/tasks.md names them.
-        batch_size: documents scored together.
+        batch_size: sequences that decode together, which fixes the shapes of every pass; "auto" takes what the device
+            holds, and the run records it.
         policy: the policy that the run is for, stored before anything is scored; its planted damage is scored too.
         seed: of every random choice.
         stages: what a run does of `layers`, `kld` and `tasks`.
@@ -86,7 +87,7 @@ class RunConfig:
     tasks: tuple[str, ...] = ()
     task_documents: int = 24
     data: Path | None = None
-    batch_size: int = 8
+    batch_size: int | Literal["auto"] = "auto"
     policy: Path | None = None
     seed: int = 0
     stages: tuple[str, ...] = STAGES
@@ -121,7 +122,7 @@ class RunConfig:
             "seed": 0,
         }
         for key, minimum in least.items():
-            if getattr(self, key) < minimum:
+            if getattr(self, key) != "auto" and getattr(self, key) < minimum:
                 raise InputError(f"{key} is {getattr(self, key)}: it must be at least {minimum}")
 
     @classmethod
@@ -233,7 +234,7 @@ def _from_text(key: str, text: str) -> Any:
     if text in ("", "null") and "null" in takes:
         return None
     raw: object = text
-    if takes == "an integer" and re.fullmatch(r"[+-]?\d+", text):
+    if "an integer" in takes and re.fullmatch(r"[+-]?\d+", text):
         raw = int(text)
     elif "true or false" in takes and text in ("true", "false"):
         raw = text == "true"

@@ -27,6 +27,7 @@ from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate import answers, kld
 from evalkit.evaluate.documents import calibration_documents, generated_tokens, range_documents
+from evalkit.evaluate.engines.native import auto_batch_size
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
 from evalkit.evaluate.texts import read_texts
@@ -74,7 +75,7 @@ def run(config: RunConfig, resume: Path | None = None) -> Path:
         terminal.show(resume)
         return resume
     prepared = prepare(config)
-    directory = RunDirectory(resume) if resume is not None else _create(config)
+    directory = RunDirectory(resume) if resume is not None else _create(prepared.config)
     with _told_how_to_go_on(directory):
         describe(directory, prepared)
         compare_layers(directory, prepared)
@@ -113,6 +114,12 @@ class Prepared:
     passages: Sequence[kld.Passage]
     calibration: Sequence[Tensor]
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences that decode together, a number by now."""
+        assert self.config.batch_size != "auto"
+        return self.config.batch_size
+
 
 def prepare(config: RunConfig) -> Prepared:
     """Load and check everything that a run needs.
@@ -137,6 +144,8 @@ def prepare(config: RunConfig) -> Prepared:
         model = stream(checkpoint, config.device, dtype)
     else:
         model = load(checkpoint, "bf16@reference", device=config.device, dtype=dtype)
+    if config.batch_size == "auto":
+        config = config.with_values(batch_size=auto_batch_size(model))
     candidates = tuple(model.evalkit.resolve(text) for text in requested)
     for place, candidate in enumerate(candidates):
         if candidate in candidates[:place]:
@@ -311,19 +320,19 @@ def compare_tokens(directory: RunDirectory, prepared: Prepared) -> None:
 def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
     """The same documents for every candidate, each paired with the baseline's.
 
-    The baseline itself is paired with a pass of its own in batches of another size: other matrix shapes, so what
-    differs between the two is the least that can be seen.
+    The baseline itself is paired with a pass of its own in batches of half the size: other matrix shapes, in decoding
+    and in prefilling, so what differs between the two is the least that can be seen.
     """
-    config, baseline = prepared.config, prepared.candidates[0]
+    config, baseline, full = prepared.config, prepared.candidates[0], prepared.batch_size
     if "tasks" not in config.stages or not config.tasks:
         return
-    size = max(1, config.batch_size // 2)
+    size = max(1, min(full, config.task_documents) // 2)  # of what is decoded together, documents permitting
     control = f"{baseline}, batches of {size}"
-    arms = [(control, baseline, size, None, 0.0), (str(baseline), baseline, config.batch_size, control, 0.0)]
+    arms = [(control, baseline, size, None, 0.0), (str(baseline), baseline, full, control, 0.0)]
     if prepared.policy is not None:
         dose = prepared.policy.damage.noise
-        arms.append((damage_arm(str(baseline), dose), baseline, config.batch_size, None, dose))
-    arms += [(str(other), other, config.batch_size, str(baseline), 0.0) for other in prepared.candidates[1:]]
+        arms.append((damage_arm(str(baseline), dose), baseline, full, None, dose))
+    arms += [(str(other), other, full, str(baseline), 0.0) for other in prepared.candidates[1:]]
     topk = prepared.model.config.index_topk
     for name, candidate, batch_size, against, damage in arms:
         stage = f"tasks {name}"

@@ -97,3 +97,11 @@ def test_the_configurations_of_this_project_are_read():
     assert paths
     for path in paths:
         assert RunConfig.load(path).name == path.stem
+
+
+def test_a_batch_size_is_a_number_or_left_to_the_device():
+    assert RunConfig().batch_size == "auto"
+    assert RunConfig.load(None, ["batch_size=4"]).batch_size == 4
+    assert RunConfig.load(None, ["batch_size=4", "batch_size=auto"]).batch_size == "auto"
+    with pytest.raises(InputError, match='it takes an integer or "auto"'):
+        RunConfig.load(None, ["batch_size=many"])

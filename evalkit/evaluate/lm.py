@@ -23,7 +23,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.base import Engine, Label, Prompt, Span
-from evalkit.evaluate.engines.native import NativeEngine
+from evalkit.evaluate.engines.native import NativeEngine, auto_batch_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_BATCH_SIZE = 8
 PROMPTS_KEPT = 8192
 GREEDY_KWARGS = {"do_sample", "max_gen_toks", "temperature", "until"}
 
@@ -69,6 +68,7 @@ class EvalkitLM(TemplateLM):
         candidate: what to load the checkpoint with; with a loaded model, what its caches hold instead of its own.
         scales: layer to `Scales`, as `evalkit.load` takes them.
         tokenizer: needed when a loaded model does not name its checkpoint.
+        batch_size: see `NativeEngine`; "auto" takes what the device holds.
         damage: size of the planted damage, see `evalkit.evaluate.damage`; 0 is none.
         max_length: longest context plus scored or generated tokens; the model's own by default.
         engine: what runs, in place of all the others.
@@ -83,7 +83,7 @@ class EvalkitLM(TemplateLM):
         candidate: Any = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        batch_size: int | str = DEFAULT_BATCH_SIZE,
+        batch_size: int | str = "auto",
         max_length: int | str | None = None,
         scales: Mapping[int, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -92,7 +92,7 @@ class EvalkitLM(TemplateLM):
         engine: Engine | None = None,
     ) -> None:
         super().__init__()
-        self.batch_size = _positive("batch_size", batch_size)
+        given_size = None if batch_size == "auto" else _positive("batch_size", batch_size)
         if (pretrained is None) == (engine is None):
             raise InputError("an lm-eval model needs a checkpoint or model, or an engine, and not both")
         if engine is None:
@@ -113,12 +113,13 @@ class EvalkitLM(TemplateLM):
                 pretrained,
                 candidate,
                 scales,
-                batch_size=self.batch_size,
+                batch_size=auto_batch_size(pretrained) if given_size is None else given_size,
                 max_length=None if max_length is None else _positive("max_length", max_length),
                 tokenizer=tokenizer,
                 damage=damage,
             )
         self.engine = engine
+        self.batch_size = getattr(engine, "batch_size", 1)  # which lm-eval only tells
         self.tokenizer, self.max_length = engine.tokenizer, engine.max_length
         self._device = getattr(engine, "device", None)
         self.coverage: list[Coverage] = []
@@ -363,7 +364,7 @@ def lm_eval_main(argv: Sequence[str]) -> None:
         defaults |= {
             "model": "evalkit",
             "device": "cuda" if torch.cuda.is_available() else "cpu",
-            "batch_size": DEFAULT_BATCH_SIZE,
+            "batch_size": "auto",
         }
     for name, value in defaults.items():
         if getattr(args, name, None) is None and name not in given:

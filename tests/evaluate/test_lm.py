@@ -236,7 +236,7 @@ def test_the_model_is_registered_under_its_name():
     [
         ({"candidate": "bf16@reference"}, "lacks pretrained"),
         ({"pretrained": "x", "trust": 1}, "model_args has trust; evalkit takes"),
-        ({"pretrained": "x", "batch_size": "auto"}, "batch_size=auto: want a whole number"),
+        ({"pretrained": "x", "batch_size": "many"}, "batch_size=many: want a whole number"),
         ({"pretrained": "x", "dtype": "float17"}, "dtype=float17: want one of torch's names"),
     ],
 )

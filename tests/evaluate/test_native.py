@@ -1,5 +1,7 @@
 """The native engine: which sequences share a step, what they compute, and that nothing else does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from evalkit.evaluate.damage import damaging
 from evalkit.evaluate.engines import decoding
 from evalkit.evaluate.engines.base import Label, Prompt, Span
 from evalkit.evaluate.engines.decoding import Decoder
-from evalkit.evaluate.engines.native import NativeEngine
+from evalkit.evaluate.engines.native import NativeEngine, auto_batch_size
 from evalkit.evaluate.lm import EvalkitLM
 
 CANDIDATES = ("bf16@reference", "fp8_e4m3:one@reference", "fp8_ds_mla@reference")
@@ -167,6 +169,23 @@ def test_prompts_are_tokenised_once_for_all_candidates(grafted_model, tokenizer,
     again.generate_until(requests)
     assert calls == [texts]
     assert first
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "layers", "columns", "wanted"),
+    [(141, 4, 8192, 512), (141, 78, 131072, 64), (24, 78, 131072, 8), (141, 61, 4096, 128)],
+)
+def test_a_batch_is_what_half_of_the_memory_holds(gigabytes, layers, columns, wanted, monkeypatch):
+    """A row of 8,192 tokens is 11.5 MB a layer; a model that fits badly still gets a batch."""
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gigabytes * 10**9)
+    )
+    config = SimpleNamespace(max_position_embeddings=columns, num_hidden_layers=layers)
+    weights = [torch.empty(10**9, dtype=torch.uint8, device="meta")]
+    model = SimpleNamespace(device="cuda:0", config=config, parameters=lambda: weights)
+    assert auto_batch_size(model) == wanted
+    model.device = "cpu"
+    assert auto_batch_size(model) == 8
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from evalkit import kv
 from evalkit.errors import InputError
 from evalkit.evaluate.damage import damaging
 from evalkit.evaluate.engines import plain
@@ -27,12 +28,33 @@ from evalkit.evaluate.engines.base import Answer, Prompt, Span
 from evalkit.evaluate.engines.decoding import STEPS_AT_ONCE, Decoder
 from evalkit.evaluate.engines.schedule import groups, shared_prefix
 from evalkit.evaluate.engines.stops import Stops
+from evalkit.kv import index
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 # Logits of a whole window times a vocabulary of 129,280 would take 2 GB; the head runs on so many rows at a time.
 HEAD_ROWS = 512
+CPU_BATCH_SIZE = 8
+LARGEST_BATCH_SIZE = 512  # a step of a small model takes hardly longer up to there
+PLANNED_COLUMNS = 8192
+
+
+def auto_batch_size(model: Any) -> int:
+    """How many sequences a model's device decodes together well, a power of two on a GPU.
+
+    There, half the memory beside the weights holds that many of `PLANNED_COLUMNS` tokens stored in bf16; the other
+    half is for prefilling. It is the same for every candidate.
+    """
+    device = torch.device(model.device)
+    if device.type != "cuda":
+        return CPU_BATCH_SIZE
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    room = (torch.cuda.get_device_properties(device).total_memory - weights) // 2
+    token = kv.get("bf16").row_bytes + index.resolve("bf16", torch.bfloat16).key_bytes
+    columns = min(PLANNED_COLUMNS, int(model.config.max_position_embeddings))
+    fits = int(room // (token * columns * model.config.num_hidden_layers))
+    return 1 << (min(max(fits, CPU_BATCH_SIZE), LARGEST_BATCH_SIZE).bit_length() - 1)
 
 
 @dataclass
