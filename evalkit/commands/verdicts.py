@@ -14,7 +14,11 @@ def gate(
     run: Annotated[Path, typer.Argument(help="A run directory, or the bundle of one.")],
     policy: Annotated[Path, typer.Option(metavar="FILE", help="What to judge by.")],
     against: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Another run, to take the baselines' samples from.")
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Another run: its baselines serve, and each candidate is compared with itself there.",
+        ),
     ] = None,
 ) -> None:
     """Judge a finished run. Exit 0 NON-INFERIOR, 10 WORSE, 11 INCONCLUSIVE, 12 ANOMALOUS.

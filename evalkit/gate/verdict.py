@@ -17,6 +17,7 @@ from evalkit.gate.losses import Compared, check_losses
 from evalkit.gate.policy import Policy
 from evalkit.gate.scope import check_comparable, check_scope
 from evalkit.gate.sensitivity import check_baseline, check_coverage, check_damage
+from evalkit.gate.versions import check_itself
 from evalkit.gate.words import Check, Verdict, overall
 from evalkit.records import CandidateRecord, RunDirectory, VerdictRecord, only
 from evalkit.stats.paired import PairingError
@@ -69,7 +70,7 @@ def judge(run: Path, policy: Policy, against: Path | None = None, today: date | 
     Args:
         run: a run directory.
         policy: what to judge by.
-        against: another run, to take the baselines' samples from.
+        against: another run, to take the baselines' samples from, and to compare each candidate with itself.
         today: for exceptions that end; by default this day, UTC.
 
     Raises:
@@ -125,6 +126,8 @@ def _checks(
     for baseline in baselines:
         yield from _compare(run, other, candidate, baseline, policy, compared)
     yield from check_losses(compared, policy)
+    if other is not run:
+        yield from check_itself(run, other, candidate, policy)
 
 
 def _compare(
