@@ -411,6 +411,9 @@ def two_gpus_step(plan: Plan) -> dict[str, Any]:
             engine.keep(plan.forced)
         return time.perf_counter() - began
 
+    if not (plan.out / "vllm" / FP8 / "texts.json").exists():
+        # A first start compiles kernels, which all later ones find.
+        say(f"warm-up: {sum(one(arm, base / 'warm-up' / arm, 0) for arm in (BF16, FP8)):.1f} s")
     began = time.perf_counter()
     alone = [one(arm, base / "after" / arm, 0) for arm in (BF16, FP8)]
     after_s = time.perf_counter() - began
