@@ -167,7 +167,9 @@ def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
     wall_s = time.perf_counter() - started
     rows = results["samples"][name]
     covered = tuple(coverage[before:])
-    samples = tuple(_samples(candidate, name, rows, covered, getattr(lm, "tokenizer", None)))
+    said = any(span.ids is not None for span in covered)
+    # An LM that keeps no tokens may have to fetch its tokenizer.
+    samples = tuple(_samples(candidate, name, rows, covered, lm.tokenizer if said else None))
     # Counted, since lm-eval itself only warns when it loses one.
     for kept in {row["filter"] for row in rows} or {"any"}:
         seen = {row["doc_id"] for row in rows if row["filter"] == kept}
