@@ -19,6 +19,8 @@ def row_kernel(
     width,  # V
     got_stride,
     ref_stride,
+    first,  # the number of the first row's token, modulo `period`
+    period,
     MASKED: tl.constexpr,
     SHIFT: tl.constexpr,
     SIDE: tl.constexpr,  # the square root of the histogram's size, a power of two
@@ -57,11 +59,12 @@ def row_kernel(
         larger = inside & (error > best)
         best = tl.where(larger, error, best)
         place = tl.where(larger, column, place)
-        # What the mask leaves out is in no bin.
-        bits = tl.where(inside, error.to(tl.float32).to(tl.int32, bitcast=True) >> SHIFT, SIDE * SIDE)
-        high = (line[:, None] == (bits // SIDE)[None, :]).to(tl.float16)  # [SIDE, BLOCK]
-        low = ((bits % SIDE)[:, None] == line[None, :]).to(tl.float16)  # [BLOCK, SIDE]
-        counts = tl.dot(high, low, counts)
+        if (start // BLOCK + first + row) % period == 0:
+            # What the mask leaves out is in no bin.
+            bits = tl.where(inside, error.to(tl.float32).to(tl.int32, bitcast=True) >> SHIFT, SIDE * SIDE)
+            high = (line[:, None] == (bits // SIDE)[None, :]).to(tl.float16)  # [SIDE, BLOCK]
+            low = ((bits % SIDE)[:, None] == line[None, :]).to(tl.float16)  # [BLOCK, SIDE]
+            counts = tl.dot(high, low, counts)
         start += BLOCK
     bins = line[:, None] * SIDE + line[None, :]
     tl.atomic_add(histogram + bins, counts.to(tl.int64), mask=counts > 0)

@@ -17,7 +17,8 @@ MANTISSA_SHIFT: Final = 19  # keeps a float32's exponent and the first four bits
 BINS: Final = 1 << (31 - MANTISSA_SHIFT)
 CHUNK_CPU: Final = 1 << 17  # values: what stays in a core's cache through the dozen passes over it
 CHUNK_GPU: Final = 1 << 24
-BLOCK: Final = 256  # values of a row that one program of the kernel holds at once
+BLOCK: Final = 256  # neighbouring values of a row
+COUNTED: Final = 16  # blocks of a row that are counted in the histogram at least
 
 
 class Sums(NamedTuple):
@@ -26,7 +27,8 @@ class Sums(NamedTuple):
     sums: [t, 4] float64, of got², ref², got·ref and error².
     largest: [t] float64, the largest |error|, -1 where all is left out.
     at: [t] int64, its first position.
-    histogram: [BINS] int64 on the host, errors by the leading bits of |error| in float32.
+    histogram: [BINS] int64 on the host, errors by the leading bits of |error| in float32; of a row of twice `COUNTED`
+        blocks or more, in every so many blocks only, another one first in each row (see `period`).
 
     A row whose values are not all finite has sums that are not, and nothing else of it means anything.
     """
@@ -37,24 +39,34 @@ class Sums(NamedTuple):
     histogram: Tensor
 
 
-def sums_of(got: Tensor, ref: Tensor, keep: Tensor | None) -> Iterator[tuple[slice, Sums]]:
+def period(width: int) -> int:
+    """Of a row's blocks, every so many is counted: block b of token t where (b + t) is a multiple of it.
+
+    A row as long as 128 heads of 512 would otherwise spend most of its time on percentiles.
+    """
+    return max(1, -(-width // BLOCK) // COUNTED)
+
+
+def sums_of(got: Tensor, ref: Tensor, keep: Tensor | None, first: int) -> Iterator[tuple[slice, Sums]]:
     """The sums of all rows of [T, V], in parts.
 
     Args:
         got, ref: any float type. keep: bool [T, V], what counts; None is everything.
+        first: the number of the first row's token.
     """
     if got.is_cuda and importlib.util.find_spec("triton") is not None:
         with torch.cuda.device_of(got):
-            yield slice(0, len(ref)), launch(got, ref, keep)
+            yield slice(0, len(ref)), launch(got, ref, keep, first)
         return
     limit = CHUNK_GPU if ref.is_cuda else CHUNK_CPU
     rows = max(1, limit // ref.shape[1])
     for start in range(0, len(ref), rows):
         part = slice(start, start + rows)
-        yield part, _in_torch(got[part].double(), ref[part].double(), None if keep is None else keep[part])
+        mask = None if keep is None else keep[part]
+        yield part, _in_torch(got[part].double(), ref[part].double(), mask, first + start)
 
 
-def _in_torch(got: Tensor, ref: Tensor, keep: Tensor | None) -> Sums:
+def _in_torch(got: Tensor, ref: Tensor, keep: Tensor | None, first: int) -> Sums:
     """One chunk in float64."""
     if keep is not None:
         got, ref = torch.where(keep, got, 0.0), torch.where(keep, ref, 0.0)
@@ -62,16 +74,23 @@ def _in_torch(got: Tensor, ref: Tensor, keep: Tensor | None) -> Sums:
     pairs = ((got, got), (ref, ref), (got, ref), (error, error))
     sums = torch.stack([torch.linalg.vecdot(a, b) for a, b in pairs], 1)
     error.abs_()
-    bits = error.float().view(torch.int32) >> MANTISSA_SHIFT
+    every, (rows, width) = period(error.shape[1]), error.shape
+    counted, kept = error, keep
+    if every > 1:
+        block = torch.arange(width, device=error.device) // BLOCK
+        token = first + torch.arange(rows, device=error.device)
+        here = (block + token[:, None]) % every == 0  # [t, V]
+        counted, kept = error[here], None if keep is None else keep[here]
+    bits = counted.float().view(torch.int32) >> MANTISSA_SHIFT
     histogram = torch.bincount(bits.flatten(), minlength=BINS).cpu()
-    if keep is not None:
-        histogram[0] -= keep.numel() - int(keep.sum())  # they stand as zero errors
+    if keep is not None and kept is not None:
+        histogram[0] -= kept.numel() - int(kept.sum())  # they stand as zero errors
         error = torch.where(keep, error, -1.0)
     largest, at = error.max(1)
     return Sums(sums, largest, at, histogram)
 
 
-def launch(got: Tensor, ref: Tensor, keep: Tensor | None) -> Sums:
+def launch(got: Tensor, ref: Tensor, keep: Tensor | None, first: int) -> Sums:
     """As `sums_of`, by the kernel, on the current device."""
     from evalkit.compare.kernel import row_kernel
 
@@ -92,6 +111,8 @@ def launch(got: Tensor, ref: Tensor, keep: Tensor | None) -> Sums:
         width,
         got.stride(0),
         ref.stride(0),
+        first % period(width),
+        period(width),
         MASKED=keep is not None,
         SHIFT=MANTISSA_SHIFT,
         SIDE=math.isqrt(BINS),

@@ -19,7 +19,7 @@ from torch import Tensor
 from evalkit.errors import InputError
 from evalkit.model.shards import Stored
 
-CHUNK_BYTES: Final = 1 << 26
+CHUNK_BYTES: Final = 1 << 25
 READERS: Final = 8  # one thread copies from the page cache at a tenth of what a PCIe link takes
 
 

@@ -3,7 +3,7 @@
 The model is built on the meta device. Embedding, last norm and head are loaded; `model.evalkit.weights_of(layer)`
 gives a decoder layer its weights, which stay until another layer's are asked for. Asked for in order, each byte is
 read once, and the next layer's are read while this one computes. Weights of fp8 blocks are multiplied out on the
-device, a chunk of at most 128 MiB at a time, into transformers' own parameters.
+device, a chunk of at most 32 MiB at a time, into transformers' own parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FP8: Final = torch.float8_e4m3fn
 LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT: Final = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 # Enough for all readers. Pinned memory takes 0.7 s a GiB to get, and a layer of 11 GiB is read in half a second.
-AHEAD: Final = 1 << 30
+AHEAD: Final = 1 << 29
 
 
 def stream(

@@ -6,7 +6,7 @@ import torch
 
 from evalkit.compare import sums
 
-SHAPES = ((3, 64), (5, 700), (2, 5000), (40, 1))
+SHAPES = ((3, 64), (5, 700), (2, 5000), (40, 1), (5, 9000))
 
 
 def check(device: str) -> None:
@@ -23,13 +23,13 @@ def check(device: str) -> None:
                 one, other = (x.to(device) for x in pair)
                 compare(one, other, None if mask is None else mask.to(device))
     got = torch.tensor([[1.0, torch.nan, 2.0], [1.0, 2.0, 3.0]], device=device)
-    found = sums.launch(got, torch.ones_like(got), None)
+    found = sums.launch(got, torch.ones_like(got), None, 0)
     assert found.sums[:, 3].isfinite().tolist() == [False, True]
 
 
 def compare(got: torch.Tensor, ref: torch.Tensor, keep: torch.Tensor | None) -> None:
-    found = sums.launch(got, ref, keep)
-    wanted = sums._in_torch(got.double(), ref.double(), keep)
+    found = sums.launch(got, ref, keep, 5)
+    wanted = sums._in_torch(got.double(), ref.double(), keep, 5)
     torch.testing.assert_close(found.sums, wanted.sums, rtol=1e-12, atol=0)
     assert torch.equal(found.largest, wanted.largest), got.shape
     measured = wanted.largest >= 0

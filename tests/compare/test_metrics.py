@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from evalkit.compare import sums
 from evalkit.compare.metrics import Accumulator, compare, relative_l2
 
 
@@ -160,3 +161,21 @@ def test_one_number_a_token_is_a_tensor_too():
     found = compare(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.ones(4))
     assert found.token_relative_l2_mean == 0.25
     assert found.tokens == 4
+
+
+def test_percentiles_of_long_tokens_come_from_blocks_that_every_column_has_a_turn_in():
+    """Columns differ a thousandfold, so that the same columns of every token would miss the percentiles."""
+    draw = torch.Generator().manual_seed(12)
+    ref = torch.zeros(64, 16_384)
+    got = torch.randn(64, 16_384, generator=draw) * torch.logspace(-2, 1, 16_384)
+    whole, parts = compare(got, ref), Accumulator()
+    for start in range(0, 64, 5):
+        parts.add(got[start : start + 5], ref[start : start + 5])
+    assert sums.period(16_384) == 4
+    assert int(parts.histogram.sum()) == 64 * 16_384 // 4
+    true = got.abs().flatten().quantile(torch.tensor([0.5, 0.99, 0.999]))
+    for name, want in zip(("abs_p50", "abs_p99", "abs_p999"), true, strict=True):
+        assert getattr(whole, name) == pytest.approx(float(want), rel=0.045), name
+        assert getattr(parts.result(), name) == getattr(whole, name)
+    assert whole.n == got.numel()
+    assert whole.max_abs_error == float(got.abs().max())

@@ -1,0 +1,25 @@
+"""What test_fp8_weights.py runs: the Triton kernel against torch, under TRITON_INTERPRET=1 or on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from evalkit.model import fp8_kernel, fp8_weights
+
+SHAPES = ((576, 300), (100, 256), (256, 384), (7168, 32))  # blocks cut off at an edge among them
+
+
+def check(device: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1]))
+        codes, scale = fp8_weights.quantise(weight, (128, 128))
+        scale *= 1.37  # no power of two
+        wanted = torch.empty(shape, dtype=dtype)
+        fp8_weights.dequantise(codes, scale, (128, 128), wanted)
+        got = torch.empty(shape, dtype=dtype, device=device)
+        fp8_kernel.multiply(codes.to(device), scale.to(device), (128, 128), got)
+        assert torch.equal(got.cpu(), wanted), shape
+
+
+if __name__ == "__main__":
+    check("cpu", torch.float32)
