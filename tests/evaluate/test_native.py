@@ -6,13 +6,17 @@ import pytest
 import torch
 
 import evalkit
-from evalkit.evaluate.damage import damaging
+from evalkit import kv
+from evalkit.attention.backends.reference import Reference
+from evalkit.evaluate.damage import DamagedFormat, generators
 from evalkit.evaluate.engines import decoding
 from evalkit.evaluate.engines.base import Label, Prompt, Span
 from evalkit.evaluate.engines.decoding import Decoder
 from evalkit.evaluate.engines.native import NativeEngine, auto_batch_size
 from evalkit.evaluate.lm import EvalkitLM
+from evalkit.kv import Scales
 
+TOPK = 16  # of the fixture's model
 CANDIDATES = ("bf16@reference", "fp8_e4m3:one@reference", "fp8_ds_mla@reference")
 
 
@@ -22,7 +26,7 @@ def asked(count, until=(), max_new=9, beginning=()):
     return [
         Prompt(
             label=Label("t", i),
-            ids=[*beginning, *torch.randint(3, 99, (20 + 9 * (i % 4),), generator=draw).tolist()],
+            ids=[*beginning, *torch.randint(3, 99, (10 + 9 * (i % 4),), generator=draw).tolist()],
             max_new=max_new - i % 3,
             until=until,
         )
@@ -149,6 +153,55 @@ def test_many_spans_are_scored_in_bounded_passes(engine, tokenizer, grafted_mode
     assert all(shape.numel() <= 4 * 256 for shape in tokens)
 
 
+def test_steps_are_recorded_where_the_backend_does_not_wait(engine, monkeypatch):
+    """Without a GPU a recording is the step itself; which steps it stands for, and on what, is the same."""
+    steady = Reference()
+    monkeypatch.setattr(Reference, "steady", lambda self, full: steady if full else None)
+    monkeypatch.setitem(decoding.STEPS_AT_ONCE, "cuda", 2)
+    ran, contexts = [], []
+    begin, step, advance = Decoder.__init__, Decoder._step, Decoder._advance
+
+    def record(self):
+        return SimpleNamespace(replay=lambda: (ran.append("replay"), step(self, self._ragged.columns)))
+
+    def stepped(self, visible):
+        ran.append("steady" if self._cache.state.backend is steady else "step")
+        step(self, visible)
+
+    def advanced(self, visible):
+        contexts.append(min(self._column) + 1)
+        advance(self, visible)
+
+    def begun(self, *given):
+        begin(self, *given)
+        self._records = True
+
+    requests = asked(7, max_new=14)  # one of them shorter than top-k
+    want = answers(engine(), requests)
+    for name, new in (("__init__", begun), ("_step", stepped), ("_record", record), ("_advance", advanced)):
+        monkeypatch.setattr(Decoder, name, new)
+    assert answers(engine(), requests) == want
+    assert ran[:4] == ["step", "step", "steady", "replay"]
+    assert ran.count("steady") == 1
+    assert all(
+        (kind == "step") == (n < 2 or context < TOPK)
+        for n, (kind, context) in enumerate(zip(ran, contexts, strict=True))
+    )
+
+
+def test_a_pool_is_no_larger_than_kernels_can_count(engine, monkeypatch):
+    requests = asked(7)
+    want = answers(engine(), requests)
+    made = []
+    begin = Decoder.__init__
+    monkeypatch.setattr(
+        Decoder, "__init__", lambda self, *given: (made.append(given[2]), begin(self, *given))[1]
+    )
+    monkeypatch.setattr("evalkit.evaluate.engines.native.MOST_SLOTS", 400)
+    assert answers(engine(), requests) == want
+    assert made == [2]
+
+
 def test_nothing_to_generate_is_nothing(engine):
     assert list(engine().generate([])) == []
 
@@ -220,20 +273,35 @@ def test_recorded_steps_are_the_steps(candidate):
 
 
 @pytest.mark.gpu
-def test_recorded_steps_draw_fresh_damage():
+def test_recorded_stores_draw_fresh_damage():
+    """A graph that replayed the same noise would plant another dose than was asked for."""
+    format = DamagedFormat(kv.get("bf16"), 0.1, seed=1)
+    cache, slots = format.allocate(64, device="cuda"), torch.arange(2, device="cuda")
+    latent, rope = torch.ones(2, 512, device="cuda"), torch.ones(2, 64, device="cuda")
+    format.store(cache, slots, latent, rope, Scales())
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators(format):
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        format.store(cache, slots, latent, rope, Scales())
+    drawn = []
+    for _ in range(3):
+        graph.replay()
+        drawn.append(format.load(cache, slots, Scales())[0].clone())
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+    assert torch.stack(drawn).std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_damaged_answers_repeat_themselves_where_steps_are_recorded():
     model = evalkit.load("dsa-nano", device="cuda")
     ids = [3 + (j * j) % 900 for j in range(600)]
-    drawn = []
-    with torch.inference_mode():
-        decoder = Decoder(model, damaging(model.evalkit.new_cache, 0.1)(), 4, 800)
-        decoder.fill([0, 1, 2, 3], [ids] * 4, 640)
-        decoder.steps(20)
-        assert decoder._recorded
-        layer = decoder._cache.state.layers[0]
-        decoder.steps(4)
-        rows = layer.rows.view(-1, 1152)[620:624].clone()
-        drawn = [row.tolist() for row in rows]
-    assert len({tuple(row) for row in drawn}) == 4
+    requests = [Prompt(label=Label("t", i), ids=[*ids, 5 + i], max_new=60) for i in range(4)]
+    first, again = (
+        answers(NativeEngine(model, "bf16", batch_size=4, damage=0.3), requests) for _ in range(2)
+    )
+    assert first == again
 
 
 @pytest.mark.gpu

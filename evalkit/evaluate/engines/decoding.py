@@ -44,7 +44,8 @@ class Decoder:
         graphs: bool = True,
     ) -> None:
         self._body, self._head, self._cache = model.base_model, model.get_output_embeddings(), cache
-        self._topk, self._device, self._graphs = model.config.index_topk, torch.device(model.device), graphs
+        self._topk, self._device = model.config.index_topk, torch.device(model.device)
+        self._records = graphs and self._device.type == "cuda"
         self._ragged = Ragged(cache, sequences, columns, self._device, spare=1 if shared else 0)
         self._next = torch.zeros(sequences, dtype=torch.int64, device=self._device)
         # As `Ragged.column`, known without asking the device.
@@ -107,7 +108,7 @@ class Decoder:
     def _advance(self, visible: int) -> None:
         self._steps += 1
         # A graph pays only where many steps follow.
-        if not self._graphs or self._device.type != "cuda" or self._steps <= STEPS_AT_ONCE["cuda"]:
+        if not self._records or self._steps <= STEPS_AT_ONCE["cuda"]:
             self._step(visible)
             return
         backend = self._cache.state.backend

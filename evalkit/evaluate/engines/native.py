@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from evalkit import kv
+from evalkit.attention.cache import BLOCK
 from evalkit.errors import InputError
 from evalkit.evaluate.damage import damaging
 from evalkit.evaluate.engines import plain
@@ -38,6 +39,7 @@ HEAD_ROWS = 512
 CPU_BATCH_SIZE = 8
 LARGEST_BATCH_SIZE = 512  # a step of a small model takes hardly longer up to there
 PLANNED_COLUMNS = 8192
+MOST_SLOTS = 2**31 // 576  # kernels may count the elements of all rows in 32 bits
 
 
 def auto_batch_size(model: Any) -> int:
@@ -158,7 +160,8 @@ class NativeEngine:
             yield from self._generate(prompts)
 
     def _generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
-        count = min(self.batch_size, len(prompts))
+        columns = max(len(prompt.ids) + prompt.max_new for prompt in prompts)
+        count = max(1, min(self.batch_size, len(prompts), MOST_SLOTS // (columns + BLOCK) - 1))
         shared = shared_prefix([prompt.ids for prompt in prompts])
         waiting = deque(
             groups([len(prompt.ids) - shared for prompt in prompts], count, self.max_length - shared)
@@ -167,7 +170,7 @@ class NativeEngine:
             self.model,
             self._new_cache(),
             count,
-            max(len(prompt.ids) + prompt.max_new for prompt in prompts),
+            columns,
             prompts[0].ids[:shared],
             self._graphs,
         )
