@@ -12,8 +12,12 @@ from evalkit.records import (
 from evalkit.report.tables import NA, Table, interval, number, share
 
 
-def answers(records: Sequence[Record]) -> Table:
-    """A row a task and candidate: shares of answers that went wrong in form, lengths, and how soon answers part."""
+def answers(records: Sequence[Record], *, brief: bool = False) -> Table:
+    """A row a task and candidate: shares of answers that went wrong in form, lengths, and how soon answers part.
+
+    `brief` leaves out the intervals, for a terminal.
+    """
+    between = (lambda *_: "") if brief else (lambda *bounds: " " + interval(*bounds))
     shares = {(r.task, r.candidate, r.measure): r for r in only(records, AnswerShareRecord)}
     parting = {(r.task, r.candidate): r for r in only(records, FirstDifferenceRecord)}
     names = list(dict.fromkeys(measure for *_, measure in shares))
@@ -27,14 +31,14 @@ def answers(records: Sequence[Record]) -> Table:
                 *where,
                 f"{length.n:,}",
                 *(
-                    NA if r is None else f"{share(r.share)} {interval(r.share_lower, r.share_upper)}"
+                    NA if r is None else f"{share(r.share)}{between(r.share_lower, r.share_upper)}"
                     for r in found
                 ),
                 f"{length.mean_tokens:,.1f}",
                 NA if part is None else f"{part.differing:,}",
                 NA
                 if part is None
-                else f"{number(part.per_1000_tokens)} {interval(part.lower, part.upper, number)}",
+                else f"{number(part.per_1000_tokens)}{between(part.lower, part.upper, number)}",
                 *(NA if r is None else _points(r) for r in found),
                 f"{length.difference_tokens:+,.1f} {interval(length.lower_tokens, length.upper_tokens, lambda x: f'{x:+.1f}')}",
                 length.baseline,
@@ -44,13 +48,16 @@ def answers(records: Sequence[Record]) -> Table:
         key="answers",
         title="Answers",
         caption=(
-            "Of n answers, with 95 % intervals: degenerate (the last third, of 12 tokens or more, repeats exactly a piece three times "
+            "Of n answers: degenerate, empty and cut off; generated tokens; how many differ from what they are held against, and how "
+            "often the first differing token comes in 1,000. summary.md has the intervals and differences."
+            if brief
+            else "Of n answers, with 95 % intervals: degenerate (the last third, of 12 tokens or more, repeats exactly a piece three times "
             "or more), empty (nothing but white space), length-limited (cut off at the limit); mean generated tokens; answers that "
             "differ from those they are held against, and how often the first differing token comes in 1,000 tokens until there. Δ: "
             "candidate less the other, on the same documents, in points or tokens. Intervals by document from 40 on, 10 of them apart."
         ),
         columns=(
-            "task", "candidate", "n", *names, "tokens", "differ", "first difference per 1,000", *(f"Δ {name}" for name in names),
+            "task", "candidate", "n", *names, "tokens", "differ", "first difference per 1,000" if not brief else "per 1,000", *(f"Δ {name}" for name in names),
             "Δ tokens", "Δ against",
         ),
         rows=tuple(rows),

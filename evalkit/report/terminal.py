@@ -30,7 +30,7 @@ def show(run: Path, console: Console | None = None) -> None:
         tables.candidates(records),
         tables.layers(records),
         tables.tasks(records),
-        answers(records),
+        answers(records, brief=True),
     ):
         if table.rows:
             console.print(_rich(table))
