@@ -27,6 +27,11 @@ def test_groups_of_one_round_leave_room_for_none_more():
     assert max(sizes) * (256 // max(sizes)) >= 250
 
 
+def test_a_group_can_be_kept_to_a_part_of_the_sequences():
+    assert [len(group.members) for group in groups([10] * 20, 8, 4096, parts=4)] == [2] * 10
+    assert [len(group.members) for group in groups([10] * 3, 3, 4096, parts=4)] == [1] * 3
+
+
 def test_no_width_is_beyond_what_the_model_holds():
     assert [group.width for group in groups([90, 100], 2, 100)] == [100]
 

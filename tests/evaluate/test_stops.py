@@ -54,6 +54,23 @@ def test_an_end_of_text_token_ends_an_answer_without_a_stop_string(nano):
     assert Stops(nano, [7], []).end([5, 6]) is None
 
 
+class Pieces:
+    """Words that carry the space before them, which is dropped at the beginning of a text, as in sentencepiece."""
+
+    words = ("a", " b", " c", "</s>")
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids).lstrip(" ")
+
+
+@pytest.mark.parametrize("stop", ["a ", " b", "b c", "b "])
+def test_a_stop_string_that_ends_in_a_space_is_found_where_no_token_alone_prints_it(stop):
+    ids = [0, 1, 2, 0]
+    want = plainly(Pieces(), [3], [stop], ids)
+    assert want is not None
+    assert Stops(Pieces(), [3], [stop]).end(ids) == want
+
+
 def test_hardly_any_text_is_decoded(nano):
     """Decoding at every token of every answer took longer than generating them."""
     ids = nano("At river add 4 then stone makes 42 " * 20, add_special_tokens=False)["input_ids"]

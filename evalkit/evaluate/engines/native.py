@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 # Logits of a whole window times a vocabulary of 129,280 would take 2 GB; the head runs on so many rows at a time.
 HEAD_ROWS = 512
+PARTS = 4  # of the sequences that decode together: so many may wait before a prompt takes their room
 CPU_BATCH_SIZE = 8
 LARGEST_BATCH_SIZE = 512  # a step of a small model takes hardly longer up to there
 PLANNED_COLUMNS = 8192
@@ -164,7 +165,7 @@ class NativeEngine:
         count = max(1, min(self.batch_size, len(prompts), MOST_SLOTS // (columns + BLOCK) - 1))
         shared = shared_prefix([prompt.ids for prompt in prompts])
         waiting = deque(
-            groups([len(prompt.ids) - shared for prompt in prompts], count, self.max_length - shared)
+            groups([len(prompt.ids) - shared for prompt in prompts], count, self.max_length - shared, PARTS)
         )
         decoder = Decoder(
             self.model,

@@ -20,7 +20,7 @@ class Group:
     width: int
 
 
-def groups(lengths: Sequence[int], sequences: int, longest: int) -> list[Group]:
+def groups(lengths: Sequence[int], sequences: int, longest: int, parts: int = 1) -> list[Group]:
     """Requests of these lengths, longest first, in groups that fit among `sequences`, each of bounded size.
 
     A group's tokens are at most `PREFILL_TOKENS_PER_SEQUENCE` times `sequences`, but for a single request that is
@@ -29,12 +29,13 @@ def groups(lengths: Sequence[int], sequences: int, longest: int) -> list[Group]:
     Args:
         longest: what no width may exceed; else widths are whole blocks, so that groups of about the same length have
             the same shape.
+        parts: into how many groups `sequences` are divided at least, so that a group finds room before all have ended.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     found = []
     while order:
         width = min(-(-lengths[order[0]] // BLOCK) * BLOCK, longest)
-        most = max(1, min(sequences, PREFILL_TOKENS_PER_SEQUENCE * sequences // width))
+        most = max(1, min(-(-sequences // parts), PREFILL_TOKENS_PER_SEQUENCE * sequences // width))
         size = sequences // -(-sequences // most)
         found.append(Group(tuple(order[:size]), width))
         order = order[size:]
