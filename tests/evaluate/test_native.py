@@ -1,5 +1,6 @@
 """The native engine: which sequences share a step, what they compute, and that nothing else does."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -48,8 +49,7 @@ def engine(grafted_model, tokenizer):
     return make
 
 
-def test_a_waiting_prompt_takes_the_room_of_an_answer_that_ended(engine, tokenizer, monkeypatch):
-    """Fewer steps than rounds of the longest answers would take, and the answers of each prompt alone."""
+def test_prompts_that_wait_are_answered_as_each_alone(engine, tokenizer):
     alone = [answers(engine(), [one])[0] for one in asked(7)]
     said = [set(ids) for ids, _ in alone]
     until = (
@@ -60,15 +60,19 @@ def test_a_waiting_prompt_takes_the_room_of_an_answer_that_ended(engine, tokeniz
     requests = asked(7, until=until)
     alone = [answers(engine(), [one])[0] for one in requests]
     assert {ended for _, ended in alone} == {"stop", "length"}
+    assert answers(engine(), requests) == alone
+
+
+def test_one_long_answer_keeps_nobody_waiting(engine, monkeypatch):
+    """Its own steps are all that there are: six others come and go beside it."""
+    requests = [replace(one, ids=one.ids[:10], max_new=2 if i else 20) for i, one in enumerate(asked(7))]
+    alone = [answers(engine(), [one])[0] for one in requests]
+    assert [len(ids) for ids, _ in alone] == [20] + [2] * 6
     steps = []
     advance = Decoder._advance
     monkeypatch.setattr(Decoder, "_advance", lambda self, visible: (steps.append(1), advance(self, visible)))
-    assert answers(engine(), requests) == alone
-    # Each sequence is a queue of its own: the longest of three, not three rounds of the longest.
-    lengths = [len(ids) for ids, _ in alone]
-    assert len(steps) <= -(-sum(lengths) // 3) + max(lengths)
-    rounds = sorted(lengths, reverse=True)
-    assert len(steps) < sum(rounds[::3])
+    assert answers(engine(batch_size=2), requests) == alone
+    assert len(steps) == 19  # its first token comes from the pass over the prompt
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 64])
