@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from evalkit import cli, pipeline
 from evalkit.config import RunConfig
@@ -19,6 +20,7 @@ from evalkit.errors import InputError
 from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS
 from evalkit.model.load import EMBEDDED
 from evalkit.records import (
+    AnswerLengthRecord,
     AttributionRecord,
     CandidateRecord,
     DivergenceRecord,
@@ -290,3 +292,23 @@ def test_scales_are_calibrated_on_other_documents_than_those_compared(
     compared = [document.tolist() for document in prepared.documents]
     for document in calibrated:
         assert not any(document.tolist()[-90:] == other[-90:] for other in compared)
+
+
+def test_answers_are_kept_with_their_tokens_and_compared(run: RunDirectory, config: RunConfig):
+    tokenizer = AutoTokenizer.from_pretrained(config.checkpoint)
+    samples = read_samples(run.path)
+    for sample in samples:
+        assert sample.generated_ids is not None
+        assert sample.generated_chars is not None
+        assert len(sample.generated_ids) == len(sample.generated_chars) == sample.generated_tokens
+        whole = tokenizer.decode(sample.generated_ids, skip_special_tokens=True)
+        assert whole.startswith(sample.generated_text or "")
+        assert sum(sample.generated_chars) == len(whole.rstrip("\ufffd"))
+        assert sample.target
+        assert sample.prompt_end
+    lengths = {(r.candidate, r.baseline, r.task): r for r in only(run.read(), AnswerLengthRecord)}
+    pairs = {(r.candidate, r.baseline, r.task) for r in only(run.read(), TaskRecord)}
+    assert lengths.keys() == pairs
+    for (candidate, _, task), record in lengths.items():
+        mine = [s.generated_tokens or 0 for s in samples if (s.candidate, s.task) == (candidate, task)]
+        assert record.mean_tokens == pytest.approx(sum(mine) / len(mine))
