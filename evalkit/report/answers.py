@@ -17,7 +17,6 @@ def answers(records: Sequence[Record], *, brief: bool = False) -> Table:
 
     `brief` leaves out the intervals, for a terminal.
     """
-    between = (lambda *_: "") if brief else (lambda *bounds: " " + interval(*bounds))
     shares = {(r.task, r.candidate, r.measure): r for r in only(records, AnswerShareRecord)}
     parting = {(r.task, r.candidate): r for r in only(records, FirstDifferenceRecord)}
     names = list(dict.fromkeys(measure for *_, measure in shares))
@@ -31,14 +30,17 @@ def answers(records: Sequence[Record], *, brief: bool = False) -> Table:
                 *where,
                 f"{length.n:,}",
                 *(
-                    NA if r is None else f"{share(r.share)}{between(r.share_lower, r.share_upper)}"
+                    NA
+                    if r is None
+                    else share(r.share) + ("" if brief else f" {interval(r.share_lower, r.share_upper)}")
                     for r in found
                 ),
                 f"{length.mean_tokens:,.1f}",
                 NA if part is None else f"{part.differing:,}",
                 NA
                 if part is None
-                else f"{number(part.per_1000_tokens)}{between(part.lower, part.upper, number)}",
+                else number(part.per_1000_tokens)
+                + ("" if brief else f" {interval(part.lower, part.upper, number)}"),
                 *(NA if r is None else _points(r) for r in found),
                 f"{length.difference_tokens:+,.1f} {interval(length.lower_tokens, length.upper_tokens, lambda x: f'{x:+.1f}')}",
                 length.baseline,
