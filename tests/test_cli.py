@@ -8,7 +8,7 @@ import pytest
 from evalkit import cli, kv
 from evalkit.commands import runs
 
-COMMANDS = ["run", "layers", "tasks", "report", "calibrate", "formats", "doctor", "lm-eval"]
+COMMANDS = ["run", "layers", "kld", "tasks", "report", "calibrate", "formats", "doctor", "lm-eval"]
 
 
 def exit_code(*arguments: str) -> object:
@@ -39,6 +39,9 @@ def test_help_answers_at_once():
         (["run", "--config", "nowhere.toml"], "no configuration file at nowhere.toml"),
         (["layers", "--set", "sead=1"], "did you mean 'seed'"),
         (["tasks", "--set", "checkpoint=nowhere"], "no checkpoint at nowhere"),
+        (["kld"], "give --text FILE or --transcripts RUN"),
+        (["kld", "--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["kld", "--transcripts", "nowhere"], "no run at nowhere"),
         (["run", "--resume", "nowhere"], "no run at nowhere"),
         (["run", "--resume", "nowhere", "--set", "seed=1"], "give neither --config nor --set"),
         (["report", "nowhere"], "no run at nowhere"),

@@ -73,6 +73,8 @@ def kld(
         asked = asked.with_values(kld_texts=tuple(map(str, text)))
     if transcripts is not None:
         asked = asked.with_values(kld_run=transcripts)
+    if not asked.kld_texts and asked.kld_run is None:
+        raise InputError("no text to compare on: give --text FILE or --transcripts RUN")
     from evalkit import pipeline
 
     print(pipeline.run(asked.with_values(stages=("kld",))))

@@ -59,7 +59,7 @@ def answers(records: Sequence[Record], *, brief: bool = False) -> Table:
             "candidate less the other, on the same documents, in points or tokens. Intervals by document from 40 on, 10 of them apart."
         ),
         columns=(
-            "task", "candidate", "n", *names, "tokens", "differ", "first difference per 1,000" if not brief else "per 1,000", *(f"Δ {name}" for name in names),
+            "task", "candidate", "n", *(name.replace("length-limited", "cut off") if brief else name for name in names), "tokens", "differ", "first difference per 1,000" if not brief else "per 1,000", *(f"Δ {name}" for name in names),
             "Δ tokens", "Δ against",
         ),
         rows=tuple(rows),
