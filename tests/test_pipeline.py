@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 from evalkit import cli, pipeline
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
-from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS
+from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS, calibration_documents
 from evalkit.model.load import EMBEDDED
 from evalkit.records import (
     AnswerLengthRecord,
@@ -205,6 +206,7 @@ def test_a_run_killed_in_a_stage_goes_on_to_the_same_records(
 KILLED_IN = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from evalkit import pipeline, records
 from evalkit.config import RunConfig
@@ -312,3 +314,27 @@ def test_answers_are_kept_with_their_tokens_and_compared(run: RunDirectory, conf
     for (candidate, _, task), record in lengths.items():
         mine = [s.generated_tokens or 0 for s in samples if (s.candidate, s.task) == (candidate, task)]
         assert record.mean_tokens == pytest.approx(sum(mine) / len(mine))
+
+
+def encode(text: str) -> list[int]:
+    return [ord(character) % 1000 for character in text]
+
+
+def test_layers_are_compared_on_as_many_documents_as_asked_for(tmp_path: Path):
+    lm: Any = SimpleNamespace(tok_encode=encode, max_length=2048)
+    asked = RunConfig(layers_documents=3, layers_prompt_tokens=60, layers_decode_tokens=4)
+    documents = pipeline._documents(asked, lm)
+    used = [tuple(ids.tolist()) for ids in (*documents, *calibration_documents(encode, 64, asked.seed))]
+    assert [len(ids) for ids in documents] == [64] * 3
+    assert len(set(used)) == len(used), "scales are not fitted to what they are compared on"
+
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"text": letter * 70}) + "\n" for letter in "abc"))
+    found = pipeline._documents(asked.with_values(layers_prompts=lines), lm)
+    assert [ids.unique().tolist() for ids in found] == [[97], [98], [99]]
+    with pytest.raises(InputError, match="holds 3 texts, layers_documents is 4"):
+        pipeline._documents(asked.with_values(layers_prompts=lines, layers_documents=4), lm)
+    with pytest.raises(
+        InputError, match=r"texts\.jsonl, line 1 holds 70 tokens, the layer comparison takes 84"
+    ):
+        pipeline._documents(asked.with_values(layers_prompts=lines, layers_prompt_tokens=80), lm)
