@@ -72,7 +72,7 @@ class _Writing:
     def take(self, tokens: Sequence[int]) -> Answer | None:
         """Take what was generated next; the answer, where it ends therein."""
         known = len(self.ids)
-        self.ids = [*self.ids, *tokens][: self.prompt.max_new]
+        self.ids += tokens[: self.prompt.max_new - known]
         end = self.stops.end(self.ids, known)
         if end is not None:
             return Answer(ids=self.ids[: end + 1], ended="stop")

@@ -30,21 +30,22 @@ class Stops:
         """The place of the first token from `start` on that ends the answer `ids`, or None where none does."""
         for place in range(start, len(ids)):
             token = ids[place]
-            if token in self._ids:
+            suspect = self._suspect.get(token)
+            if suspect is None:
+                suspect = self._suspect[token] = token in self._ids or self._may_complete(token)
+            if suspect and (token in self._ids or self._completes(ids, place)):
                 return place
-            if self._until and self._may_complete(token):
-                tail = self._tokenizer.decode(ids[max(0, place + 1 - self._window) : place + 1])
-                if any(stop in tail for stop in self._until):
-                    return place
         return None
 
     def _may_complete(self, token: int) -> bool:
-        found = self._suspect.get(token)
-        if found is None:
-            text = self._tokenizer.decode([token])
-            found = " " in self._last or REPLACEMENT in text or not self._last.isdisjoint(text)
-            self._suspect[token] = found
-        return found
+        if not self._until:
+            return False
+        text = self._tokenizer.decode([token])
+        return " " in self._last or REPLACEMENT in text or not self._last.isdisjoint(text)
+
+    def _completes(self, ids: Sequence[int], place: int) -> bool:
+        tail = self._tokenizer.decode(ids[max(0, place + 1 - self._window) : place + 1])
+        return any(stop in tail for stop in self._until)
 
 
 def stopped(tokenizer: Any, stop_ids: Sequence[int], until: Sequence[str], ids: Sequence[int]) -> bool:
