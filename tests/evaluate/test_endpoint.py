@@ -127,7 +127,9 @@ def test_it_scores_continuations_from_the_echo(serve, tokenizer):
 
 def test_a_cut_prompt_or_answer_is_anomalous(serve, prompts):
     _, engine = serve(reads=2)
-    with pytest.raises(TruncatedError, match=r"ANOMALOUS: task document .* read 2 prompt tokens, 3 were sent"):
+    with pytest.raises(
+        TruncatedError, match=r"ANOMALOUS: task document .* read 2 prompt tokens, 3 were sent"
+    ):
         list(engine.generate(prompts))
     _, engine = serve("other", writes=4)
     with pytest.raises(TruncatedError, match=r"ANOMALOUS: .* stopped after 4 of 18 tokens"):
