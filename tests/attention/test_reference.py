@@ -122,8 +122,9 @@ def test_gathered_rows_give_what_the_union_of_rows_gives(monkeypatch: pytest.Mon
     indices[3], indices[4, 5:], indices[5, 1] = -1, -1, indices[5, 0]
     latent[int(indices[7, 0])] = torch.nan
     exact = reference.Reference()
+    monkeypatch.setitem(reference.GATHERS_OVER, "cpu", 1000)
     whole = exact.attend_rows(q_latent, q_rope, latent, rope, indices, 0.1)
-    monkeypatch.setattr(reference, "GATHERS_ON", {"cpu"})
+    monkeypatch.setitem(reference.GATHERS_OVER, "cpu", 0)
     monkeypatch.setattr(reference, "GATHERED_PER_CHUNK", 7 * 16 * 576)
     seen: list[int] = []
     real = reference.attend_gathered
@@ -148,7 +149,7 @@ def test_bf16_queries_over_gathered_rows_are_exact(monkeypatch: pytest.MonkeyPat
     if stored == "in bf16":
         latent, rope = latent.bfloat16().float(), rope.bfloat16().float()
     indices = torch.stack([torch.randperm(200, generator=draw)[:16] for _ in range(50)]).int()
-    monkeypatch.setattr(reference, "GATHERS_ON", {"cpu"})
+    monkeypatch.setitem(reference.GATHERS_OVER, "cpu", 0)
     query, keys = torch.cat([q_latent, q_rope], -1), torch.cat([latent, rope], -1)
     rows = keys[indices.long()].double()
     scores = torch.einsum("thc,tkc->thk", query.double(), rows) * 0.1

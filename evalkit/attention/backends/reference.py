@@ -2,10 +2,11 @@
 
 Queries are taken a chunk at a time against the union of the rows that the chunk selected, so memory stays bounded
 and a row is decoded once a chunk. Every query of a chunk is scored against the whole union and masked to its own
-selection: more arithmetic than a gather, but matrix products instead of scattered reads. On a GPU, which reads
-scattered rows at full speed, a union wider than a selection is gathered from instead, each query's rows apart.
+selection: more arithmetic than a gather, but matrix products instead of scattered reads. A union wider than a
+selection (on a CPU, than four: so it is where sequences decode together) is gathered from instead, each query's rows
+apart.
 
-There, too, bf16 queries go through the matrix units: every operand is written as the sum of the bf16 numbers that make
+On a GPU bf16 queries go through the matrix units: every operand is written as the sum of the bf16 numbers that make
 up its 24 bits, so that products are exact, and sums are float32's. Float32 products without them take ten times as long.
 """
 
@@ -15,6 +16,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evalkit.attention.backends.base import Backend, backends
@@ -25,7 +27,7 @@ SCORES_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27}  # elements of [t, H, rows] hel
 ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
 GATHERED_PER_CHUNK = 2**27  # elements of [t, K, C + R] held at once
 TERMS = 3  # bf16 numbers that hold float32's 24 bits
-GATHERS_ON = frozenset({"cuda"})
+GATHERS_OVER = {"cpu": 4, "cuda": 1}  # selections that a union is as wide as
 
 
 @backends.register
@@ -90,8 +92,7 @@ def _attend(
     out = torch.zeros_like(q_latent)
     lse = q_latent.new_full((length, heads), -torch.inf, dtype=torch.float32)
     device = q_latent.device.type
-    gathers = device in GATHERS_ON
-    always = gathers and q_latent.dtype == torch.bfloat16
+    always = device == "cuda" and q_latent.dtype == torch.bfloat16
     widest = max(1, min(row_count, ROWS_PER_CHUNK[device] * indices.shape[1]))
     step = ROWS_PER_CHUNK[device]
     if not always:
@@ -105,7 +106,7 @@ def _attend(
             continue
         latent, rope = (x.float() for x in rows(used))  # [U, C], [U, R]
         keys = torch.cat([latent, rope], -1)
-        if always or (gathers and used.numel() > indices.shape[1]):
+        if always or used.numel() > GATHERS_OVER[device] * indices.shape[1]:
             out[part], lse[part] = attend_gathered(query[part], keys, places, width, sm_scale)
             continue
         if part.stop - part.start > 1 and not bool(keys.isfinite().all()):
@@ -145,7 +146,7 @@ def attend_gathered(
     for start in range(0, len(query), step):
         part = slice(start, start + step)
         chosen = numbers[part].where(numbers[part] >= 0, len(keys) - 1)
-        rows = [x[chosen] for x in parts]  # each [t, K, C + R]
+        rows = [F.embedding(chosen, x) for x in parts]  # each [t, K, C + R]
         scores = _product([query[part]], [x.transpose(1, 2) for x in rows])  # [t, H, K]
         weights, lse[part] = _weigh(scores, numbers[part], sm_scale, narrow)
         out[part] = _product(weights, [x[..., :width] for x in rows]).to(out.dtype)
