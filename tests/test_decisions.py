@@ -94,7 +94,7 @@ def test_every_arm_of_every_sample_is_scored_on_the_same_documents(scored: Path,
     made, judged = plan.load(a_plan), policies.load(policy)
     arms = [(BASELINE, 0.0), (CANDIDATE, 0.0), (BASELINE, NOISE), (CANDIDATE, 0.4)]
     asked = set()
-    for seed in (1, 2):
+    for seed in made.all_seeds:
         found = [summary.arm(made, judged, who, x, [seed], scored)[0] for who, x in arms]
         assert len({cell.questions_sha256 for cell in found}) == 1
         assert (
@@ -237,10 +237,22 @@ def test_a_policy_changed_after_scoring_is_refused_and_post_hoc(known: tuple[Pat
     assert later["verdict"] == "INCONCLUSIVE"
 
 
+def test_cells_of_two_plans_make_no_summary(known: tuple[Path, Path], tmp_path: Path):
+    """Also where the first of them is of the right one."""
+    out = tmp_path / "out"
+    shutil.copytree(known[0], out)
+    made = plan.load(known[1])
+    judged = policies.load(Path(made.policy))
+    last = summary.arm(made, judged, CANDIDATE, made.noise[-1], list(made.all_seeds), out)[-1]
+    a_cell(last.wanted, last.outcomes, last.facts | {"plan_sha256": "0" * 64}, last.questions_sha256).save(out)
+    with pytest.raises(InputError, match="under 2 versions of the plan"):
+        summary.summarise(made, judged, out)
+
+
 def test_answers_to_other_documents_are_refused(known: tuple[Path, Path], policy: Path):
     out, path = known
     made = plan.load(path)
-    (cell,) = summary.arm(made, policies.load(policy), BASELINE, 0.0, [1], out)
+    (cell,) = summary.arm(made, policies.load(policy), BASELINE, 0.0, made.all_seeds[:1], out)
     other = a_cell(cell.wanted, cell.outcomes, cell.facts, "0" * 64)
     with pytest.raises(InputError, match="not those that bf16@reference answered"):
         cells.samples(other)
@@ -252,7 +264,7 @@ def test_damage_that_is_not_found_makes_no_sample_count(known: tuple[Path, Path]
     """Assay sensitivity is the gate's own: without it the controls are INCONCLUSIVE."""
     out, path = known
     made, judged = plan.load(path), policies.load(policy)
-    before, planted = (summary.arm(made, judged, BASELINE, x, [1], out)[0] for x in (0.0, NOISE))
+    before, planted = (summary.arm(made, judged, BASELINE, x, made.all_seeds[:1], out)[0] for x in (0.0, NOISE))
     (after,) = summary.arm(made, judged, CANDIDATE, 0.0, [1], out)
     shared = runs.find_frame(out)
     assert runs.verdict(shared, judged, before, after, planted)[0].verdict == "NON-INFERIOR"
@@ -292,14 +304,23 @@ def test_the_plan_takes_documents_from_the_pilot_and_doses_from_the_titration(po
         )
     )
     (tmp_path / "titration-validation-bf16.json").write_text(
-        json.dumps({"curve": vars(curve), "margin": MARGIN})
+        json.dumps(
+            {
+                "curve": vars(curve),
+                "margin": MARGIN,
+                "rows": [
+                    {"loss": MARGIN, "discordance": 0.9},
+                    {"loss": 2.1 * MARGIN, "discordance": 3.15 * MARGIN},
+                ],
+            }
+        )
     )
     path = tmp_path / "plan.toml"
     asked = ["plan", "--out", str(tmp_path), "--policy", str(own), "--also", str(other), "--plan", str(path)]
     assert decisions.main(asked) == 0
     made = plan.load(path)
     (endpoint,) = policies.load(own).endpoints
-    (planned,) = plan_documents(policies.load(own), discordance=0.04)
+    (planned,) = plan_documents(policies.load(own), discordance=0.04, damaged=3 * MARGIN)
     assert made.documents == planned.documents
     assert made.documents * made.seeds >= 20_000
     assert made.seeds >= made.controls == 20

@@ -161,8 +161,12 @@ def write_plan(given: argparse.Namespace) -> dict[str, Any]:
     policy = plan.single(load_policy(given.policy), str(given.policy))
     piloted, titrated = _kept(given.out, "pilot"), _kept(given.out, f"titration-{policy.name}")
     discordance = float(piloted["other kernel"]["discordance"])
+    # Of the noise that cost most nearly twice the margin: of what is planted to show sensitivity.
+    near = min(titrated["rows"], key=lambda row: abs(row["loss"] - 2 * titrated["margin"]))
     (planned,) = plan_documents(
-        policy, discordance=max(discordance, 1 / piloted["other kernel"]["documents"])
+        policy,
+        discordance=max(discordance, 1 / piloted["other kernel"]["documents"]),
+        damaged=near["discordance"] * 2 * titrated["margin"] / near["loss"],
     )
     documents = given.documents or planned.documents
     if documents is None:

@@ -50,6 +50,10 @@ def plan(
     run: Annotated[
         Path | None, typer.Option(metavar="RUN", help="A run, to measure discordance and seconds by.")
     ] = None,
+    damaged: Annotated[
+        float | None,
+        typer.Option(help="Share of documents that planted damage of twice the margin changes, as 0.06."),
+    ] = None,
 ) -> None:
     """Say how many documents, and how many hours, a policy's decision needs.
 
@@ -59,5 +63,5 @@ def plan(
     from evalkit.gate import policy as policies
 
     asked = policies.load(policy)
-    for line in planning.words(asked, planning.plan(asked, discordance, run)):
+    for line in planning.words(asked, planning.plan(asked, discordance, run, damaged)):
         print(line)

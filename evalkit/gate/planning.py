@@ -18,6 +18,7 @@ class Planned:
     discordance: share of documents whose outcome differs, assumed.
     source: where that comes from.
     documents: how many are needed; None where no number will do.
+    sensitive: how many of these the planted damage of twice the margin takes to be found.
     hours: to score them on every arm (control, baselines, planted damage, candidates); None without a run to
         measure by.
     carries: the smallest margin that the documents of the run given carry; None without one.
@@ -27,12 +28,26 @@ class Planned:
     discordance: float
     source: str
     documents: int | None
+    sensitive: int | None
     hours: float | None
     carries: float | None
 
 
-def plan(policy: Policy, discordance: float | None = None, run: Path | None = None) -> list[Planned]:
+def plan(
+    policy: Policy,
+    discordance: float | None = None,
+    run: Path | None = None,
+    damaged: float | None = None,
+) -> list[Planned]:
     """Documents for every endpoint, each at the power with which all are shown at once.
+
+    An endpoint has to show two things: that the loss is below the margin, and that planted damage of twice the margin
+    is found on the same documents, without which it does not count.
+
+    Args:
+        discordance: share of documents that differ between bf16 and bf16.
+        run: one that measured it, and what documents take.
+        damaged: share of documents that planted damage of twice the margin changes; without it, twice its loss.
 
     Raises:
         InputError: neither a discordance nor a run is given, or the run has no control pair for an endpoint.
@@ -40,15 +55,15 @@ def plan(policy: Policy, discordance: float | None = None, run: Path | None = No
     if discordance is None and run is None:
         raise InputError("give --discordance, or --run with a run whose control pair measures it")
     evidence = None if run is None else Evidence.read(run)
-    return [_plan(endpoint, policy, discordance, evidence) for endpoint in policy.endpoints]
+    return [_plan(endpoint, policy, discordance, evidence, damaged) for endpoint in policy.endpoints]
 
 
 def words(policy: Policy, planned: Sequence[Planned]) -> Iterator[str]:
     """The plan, line by line."""
-    each = power.each_power(policy.power, len(policy.endpoints))
+    each = _each_power(policy)
     yield (
         f"{policy.name}: alpha {policy.alpha:g} in {policy.looks} look{'s' * (policy.looks > 1)}, power {policy.power:g}"
-        f"{f', so {each:.3g} each' if len(policy.endpoints) > 1 else ''}, assumed true loss {100 * policy.true_loss:g} points"
+        f", so {each:.3g} for each loss and each planted damage, assumed true loss {100 * policy.true_loss:g} points"
     )
     for one in planned:
         wanted = "no number of documents will do" if one.documents is None else f"{one.documents:,} documents"
@@ -57,12 +72,25 @@ def words(policy: Policy, planned: Sequence[Planned]) -> Iterator[str]:
             f"{one.endpoint}: margin {100 * one.endpoint.margin:g} points, {one.discordance:.2%} of documents differ "
             f"({one.source}): {wanted}{hours}"
         )
+        if one.sensitive is not None:
+            yield (
+                f"    {one.sensitive:,} of them to find planted damage of {200 * one.endpoint.margin:g} points, which decides "
+                "whether the rest counts"
+            )
         if one.carries is not None:
             yield f"    the documents of that run carry a margin of {100 * one.carries:.1f} points"
 
 
+def _each_power(policy: Policy) -> float:
+    return power.each_power(policy.power, 2 * len(policy.endpoints))
+
+
 def _plan(
-    endpoint: PrimaryEndpoint, policy: Policy, discordance: float | None, run: Evidence | None
+    endpoint: PrimaryEndpoint,
+    policy: Policy,
+    discordance: float | None,
+    run: Evidence | None,
+    damaged: float | None,
 ) -> Planned:
     source = "given"
     if discordance is None:
@@ -71,11 +99,20 @@ def _plan(
     design = power.Design(
         margin=endpoint.margin,
         alpha=policy.look_alpha,
-        power=power.each_power(policy.power, len(policy.endpoints)),
+        power=_each_power(policy),
         discordance=max(discordance, abs(policy.true_loss)),
         loss=policy.true_loss,
     )
-    documents = power.planned_documents(design)
+    planted = 2 * endpoint.margin
+    damage = power.Damage(
+        loss=planted,
+        discordance=min(1.0, 2 * planted) if damaged is None else max(damaged, planted),
+        at_most=policy.damage.loss_at_most,
+        alpha=policy.alpha,
+    )
+    shown = power.planned_documents(design)
+    sensitive = power.sensitive_documents(damage, _each_power(policy))
+    documents = None if shown is None or sensitive is None else max(shown, sensitive)
     seconds, held = _measured(run, endpoint)
     arms = 2 + len(policy.baselines) + len(policy.decide)  # with the control and planted damage
     return Planned(
@@ -83,6 +120,7 @@ def _plan(
         discordance=discordance,
         source=source,
         documents=documents,
+        sensitive=sensitive,
         hours=None if seconds is None or documents is None else seconds * documents * arms / 3600,
         carries=None if held is None else power.detectable_margin(held, design),
     )

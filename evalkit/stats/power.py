@@ -7,7 +7,8 @@ itself) or given, and at the true loss that a policy assumes. It is not monotone
 from dataclasses import dataclass
 from math import ceil, inf
 
-from scipy.stats import norm
+import numpy as np
+from scipy.stats import binom, norm
 
 from evalkit.errors import InputError
 from evalkit.stats.exact import NONINFERIOR, check, critical_value, rejection_edge, rejects
@@ -75,6 +76,53 @@ def planned_documents(design: Design) -> int | None:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if power(middle, design) >= design.power else (middle, high)
+    return high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """A planted loss that is to be found.
+
+    loss: what it truly costs. discordance: P(a document's outcome differs). at_most: the loss seen above which it does
+    not count. alpha: of the exact two-sided McNemar test.
+    """
+
+    loss: float
+    discordance: float
+    at_most: float
+    alpha: float
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be found."""
+        if not 0 < self.loss <= self.discordance <= 1 or not self.loss < self.at_most:
+            raise InputError(
+                f"planted damage of {self.loss:g} at discordance {self.discordance:g}, counted up to {self.at_most:g}: "
+                "want 0 < loss <= discordance <= 1 and the loss below what counts"
+            )
+
+
+def sensitivity(n: int, damage: Damage) -> float:
+    """Probability that n documents find planted damage lower, and no larger than what counts."""
+    differ = np.arange(n + 1)
+    # The most documents gained with which as many that differ are still found lower: two-sided, so at alpha / 2.
+    gained = binom.ppf(damage.alpha / 2, differ, 0.5)
+    gained = np.where(binom.cdf(gained, differ, 0.5) > damage.alpha / 2, gained - 1, gained)
+    fewest_gained = np.ceil((differ - n * damage.at_most) / 2 - 1e-9)  # fewer, and the loss seen is too large
+    chance = (damage.discordance - damage.loss) / (2 * damage.discordance)  # that one that differs was gained
+    found = binom.cdf(gained, differ, chance) - binom.cdf(fewest_gained - 1, differ, chance)
+    return float((binom.pmf(differ, n, damage.discordance) * np.clip(found, 0.0, 1.0)).sum())
+
+
+def sensitive_documents(damage: Damage, power: float) -> int | None:
+    """Documents with which planted damage is found with this power; None where no number up to the most will do."""
+    low = high = 4
+    while sensitivity(high, damage) < power:
+        if high > MOST_DOCUMENTS:
+            return None
+        low, high = high, ceil(high * 1.2) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if sensitivity(middle, damage) >= power else (middle, high)
     return high
 
 

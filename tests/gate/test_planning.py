@@ -8,15 +8,26 @@ from evalkit import cli
 from evalkit.errors import InputError
 from evalkit.gate.planning import plan, words
 from evalkit.gate.policy import Policy
-from evalkit.stats.power import Design, planned_documents
+from evalkit.stats.power import Damage, Design, planned_documents, sensitivity
 from tests.gate.conftest import CONTROL, scores
 
 
 def test_documents_come_from_the_discordance_given(policy: Policy):
-    (found,) = plan(policy, discordance=0.04)
-    design = Design(margin=0.05, alpha=0.05, power=0.8, discordance=0.04)
-    assert found.documents == planned_documents(design)
+    """Loss and planted damage are shown at once with power .8, so each with .9."""
+    (found,) = plan(policy, discordance=0.08)
+    design = Design(margin=0.05, alpha=0.05, power=0.9, discordance=0.08)
+    assert found.documents == planned_documents(design) > found.sensitive
     assert found.hours is None
+
+
+def test_where_bf16_hardly_differs_planted_damage_decides_how_many_documents(policy: Policy):
+    (found,) = plan(policy, discordance=0.001, damaged=0.16)
+    assert found.documents == found.sensitive
+    damage = Damage(loss=0.1, discordance=0.16, at_most=policy.damage.loss_at_most, alpha=0.05)
+    assert sensitivity(found.documents, damage) >= 0.9
+    assert f"{found.sensitive} of them to find planted damage of 10 points" in "\n".join(
+        words(policy, [found])
+    )
 
 
 def test_two_endpoints_need_more_documents_each(policy: Policy, with_policy: Callable[..., Policy]):

@@ -6,13 +6,17 @@ import pytest
 
 from evalkit.errors import InputError
 from evalkit.stats.exact import NONINFERIOR, p_value
+from evalkit.stats.paired import mcnemar_p
 from evalkit.stats.power import (
+    Damage,
     Design,
     detectable_margin,
     documents_still_needed,
     each_power,
     planned_documents,
     power,
+    sensitive_documents,
+    sensitivity,
 )
 
 DESIGN = Design(margin=0.02, alpha=0.05, power=0.8, discordance=0.02)
@@ -42,6 +46,26 @@ def test_planned_documents_have_the_power_and_little_more(discordance, loss, tar
     assert target <= power(n, design) <= target + 0.03
     assert power(int(n * 0.95), design) < target
     assert n == pytest.approx(published, rel=0.03)
+
+
+def test_sensitivity_is_how_often_simulated_runs_find_the_damage():
+    """At 236 documents, and at so many that a loss above what counts is what fails."""
+    for n, at_most in ((236, 0.08), (600, 0.05)):
+        damage = Damage(loss=0.04, discordance=0.064, at_most=at_most, alpha=0.05)
+        draws = np.random.default_rng(1).multinomial(n, [0.052, 0.012, 0.936], size=10_000)
+        found = sum(
+            a > b and a - b <= n * at_most + 1e-9 and mcnemar_p(int(a), int(b)) <= 0.05 for a, b, _ in draws
+        )
+        assert found / 10_000 == pytest.approx(sensitivity(n, damage), abs=4 * (0.25 / 10_000) ** 0.5)
+
+
+def test_the_documents_that_find_the_damage_are_no_more_than_it_takes():
+    damage = Damage(loss=0.04, discordance=0.064, at_most=0.08, alpha=0.05)
+    n = sensitive_documents(damage, 0.9)
+    assert sensitivity(n, damage) >= 0.9 > sensitivity(n - 10, damage)
+    assert sensitive_documents(replace(damage, at_most=0.0401), 0.9) is None
+    with pytest.raises(InputError, match="the loss below what counts"):
+        replace(damage, at_most=0.04)
 
 
 def test_several_endpoints_are_shown_at_once_with_the_power_asked_for():
