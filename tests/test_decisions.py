@@ -265,7 +265,7 @@ def test_damage_that_is_not_found_makes_no_sample_count(known: tuple[Path, Path]
     out, path = known
     made, judged = plan.load(path), policies.load(policy)
     before, planted = (summary.arm(made, judged, BASELINE, x, made.all_seeds[:1], out)[0] for x in (0.0, NOISE))
-    (after,) = summary.arm(made, judged, CANDIDATE, 0.0, [1], out)
+    (after,) = summary.arm(made, judged, CANDIDATE, 0.0, made.all_seeds[:1], out)
     shared = runs.find_frame(out)
     assert runs.verdict(shared, judged, before, after, planted)[0].verdict == "NON-INFERIOR"
     unseen = a_cell(planted.wanted, before.outcomes, planted.facts)
