@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,15 @@ from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.base import Engine, Label, Prompt, Span
 from evalkit.evaluate.engines.native import NativeEngine, auto_batch_size
+from evalkit.progress import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -237,15 +239,13 @@ class EvalkitLM(TemplateLM):
         self._encode_prompts([request.args[0] for request in requests])
         prompts = [self._prompt(request) for request in requests]
         texts = [""] * len(prompts)
-        with tqdm(
-            total=len(prompts), desc="generating", unit="document", disable=disable_tqdm or None
-        ) as bar:
+        with _shown("answering", prompts, disable_tqdm) as advance:
             for i, answer in self.engine.generate(prompts):
                 text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
                 texts[i] = postprocess_generated_text(text, list(prompts[i].until), think_end_token=None)
                 truncated = answer.ended == "length"
                 self._cover(prompts[i], len(prompts[i].ids), len(answer.ids), truncated, answer.ids)
-                bar.update()
+                advance()
         return texts
 
     def check(self, request: Instance) -> None:
@@ -292,11 +292,11 @@ class EvalkitLM(TemplateLM):
         for span in spans:
             self._check(span)
         scores = [(0.0, False)] * len(spans)
-        with tqdm(total=len(spans), desc="scoring", unit="request", disable=disable_tqdm or None) as bar:
+        with _shown("scoring", spans, disable_tqdm) as advance:
             for i, score in self.engine.score(spans):
                 scores[i] = score
                 self._cover(spans[i], len(spans[i].context), len(spans[i].continuation))
-                bar.update()
+                advance()
         return scores
 
     def _check(self, span: Span) -> None:
@@ -374,6 +374,15 @@ def lm_eval_main(argv: Sequence[str]) -> None:
 
 # The ids of every prompt asked so far, by tokenizer: every candidate is asked the same ones.
 _PROMPTS: WeakKeyDictionary[Any, dict[str, array[int]]] = WeakKeyDictionary()
+
+
+def _shown(
+    doing: str, asked: Sequence[Prompt | Span], disable: bool
+) -> AbstractContextManager[Callable[[], None]]:
+    """A progress bar of so many requests, named after the first one's task."""
+    if disable or not asked:
+        return nullcontext(lambda: None)
+    return progress(f"{doing} {asked[0].label.task or 'requests'}", len(asked))
 
 
 def _label(request: Instance) -> Label:
