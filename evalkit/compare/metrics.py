@@ -104,7 +104,8 @@ class Accumulator:
     def _add_sums(self, found: Sums, got: Tensor, ref: Tensor, values: int) -> None:
         row = int(found.largest.argmax())
         at = int(found.at[row])
-        if self.worst is None or float(found.largest[row]) > self.worst[0]:
+        # -1 in a part of which the mask leaves nothing.
+        if float(found.largest[row]) > (-1.0 if self.worst is None else self.worst[0]):
             there = float(got[row, at]), float(ref[row, at])
             self.worst = (float(found.largest[row]), self.tokens + row, at, *there)
         got_sq, ref_sq, dot, error_sq = found.sums.sum(0).tolist()
@@ -137,15 +138,23 @@ class Accumulator:
         finite = torch.isfinite(got)
         wanted = finite if keep is None else keep & finite
         self.nonfinite += int((~finite if keep is None else keep & ~finite).sum())
+        kept = 0 if self.rows is None else len(self.rows)
         if bool(wanted.any()):
             self._add(got, ref, wanted)
         else:
             self.tokens += len(ref)
             if self.rows is not None:
-                self.rows.append(torch.full((len(ref), 2), torch.nan, dtype=torch.float64))
+                self.rows.append(torch.zeros(len(ref), 2, dtype=torch.float64))
+        if self.rows is not None:
+            broken = (~finite if keep is None else keep & ~finite).any(1).cpu()
+            norms = torch.cat(self.rows[kept:])
+            self.rows[kept:] = [norms.masked_fill(broken[:, None], torch.nan)]
 
     def take_rows(self) -> Tensor:
-        """[T, 2] float64: norm of the error and of the reference, a token added since the last call."""
+        """[T, 2] float64: norm of the error and of the reference, a token added since the last call.
+
+        NaN for a token with a value that is not finite: it has no error, rather than that of its other values.
+        """
         taken = torch.cat(self.rows or [torch.empty(0, 2, dtype=torch.float64)])
         self.rows = []
         return taken

@@ -179,3 +179,33 @@ def test_percentiles_of_long_tokens_come_from_blocks_that_every_column_has_a_tur
         assert getattr(parts.result(), name) == getattr(whole, name)
     assert whole.n == got.numel()
     assert whole.max_abs_error == float(got.abs().max())
+
+
+def test_a_part_of_which_a_mask_leaves_nothing_has_no_largest_error(monkeypatch: pytest.MonkeyPatch):
+    """What is compared of the second part is not finite, and nothing of the first is compared."""
+    monkeypatch.setattr(sums, "CHUNK_CPU", 4)
+    got = torch.tensor([[1.0, 2.0, 3.0, 4.0], [math.nan] * 4])
+    accumulator = Accumulator()
+    accumulator.add(got, torch.ones(2, 4), where=torch.tensor([[False], [True]]).expand(2, 4))
+    found = accumulator.result()
+    assert (found.nonfinite, found.n, found.tokens) == (4, 0, 2)
+    assert found.max_abs_error is None
+    assert found.max_abs_token is None
+
+
+@pytest.mark.parametrize("chunk", [4, 8, 64])
+def test_a_token_that_is_not_finite_has_no_norm_however_tokens_are_cut_into_parts(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sums, "CHUNK_CPU", chunk)
+    ref = torch.arange(1.0, 25.0).view(6, 4)
+    got = ref + 0.5
+    got[1] = math.nan  # all of it
+    got[4, 2] = math.inf
+    accumulator = Accumulator(keep_rows=True)
+    accumulator.add(got, ref)
+    norms = accumulator.take_rows()
+    assert norms.shape == (6, 2)
+    assert norms.isnan().all(1).tolist() == [False, True, False, False, True, False]
+    assert norms[[0, 2, 3, 5], 0].tolist() == [1.0] * 4
+    assert accumulator.result().nonfinite == 5
