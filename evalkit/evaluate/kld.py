@@ -7,6 +7,7 @@ files, or what a run's baseline was asked and answered. Memory is O(vocabulary) 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -58,20 +59,24 @@ class Passage:
 def passages_of_files(files: Sequence[Path], encode: Encode, tokens: int) -> list[Passage]:
     """Texts in windows of `tokens` that know nothing of each other; a text's windows are one document.
 
-    A file is one text, except that each line of a `.jsonl` file is one.
+    A file is one text, except that each line of a `.jsonl` file is one. Files of one name go by their paths.
 
     Raises:
-        InputError: a file is no UTF-8 text, or a text has fewer than two tokens.
+        InputError: a file is no UTF-8 text or named twice, or a text has fewer than two tokens.
     """
     found: list[Passage] = []
+    names = Counter(file.name for file in files)
     for file in files:
+        if files.count(file) > 1:
+            raise InputError(f"{file} is named {files.count(file)} times: its documents count once")
+        source = file.name if names[file.name] == 1 else str(file)
         for document, (where, text) in enumerate(read_texts(file)):
             ids = torch.tensor(encode(text))
             if len(ids) < 2:
                 raise InputError(f"{where}: {len(ids)} tokens, and a next token takes two at least")
             windows = [part for part in ids.split(tokens) if len(part) > 1]
             found += [
-                Passage(source=file.name, document=document, ids=part, spans={TEXT: slice(0, len(part) - 1)})
+                Passage(source=source, document=document, ids=part, spans={TEXT: slice(0, len(part) - 1)})
                 for part in windows
             ]
     return found

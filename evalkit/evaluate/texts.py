@@ -28,7 +28,8 @@ def read_texts(file: Path) -> Iterator[tuple[str, str]]:
     if file.suffix != ".jsonl":
         yield str(file), whole
         return
-    for number, line in enumerate(whole.splitlines(), 1):
+    # Not splitlines(): JSON strings may hold U+2028 and other line ends of Unicode as they are.
+    for number, line in enumerate(whole.split("\n"), 1):
         if line.strip():
             where = f"{file}, line {number}"
             yield where, text_of_line(line, where)

@@ -1,10 +1,12 @@
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from evalkit.calibrate import read_prompts
 from evalkit.candidate import Candidate
 from evalkit.compare.tokens import kl_nats
 from evalkit.errors import InputError
@@ -12,6 +14,7 @@ from evalkit.evaluate import kld
 from evalkit.evaluate.kld import PROMPT, RESPONSE, TEXT, Passage, divergences, passages_of_files
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import load_tasks
+from evalkit.evaluate.texts import read_texts
 from evalkit.model.load import EMBEDDED, graft
 from evalkit.records import CandidateRecord, EnvironmentRecord, RunDirectory, SampleRecord
 from tests.conftest import random_model
@@ -93,6 +96,27 @@ def test_a_windows_document_is_the_text_it_comes_from(tmp_path: Path):
         ("book.txt", 0, 5, slice(0, 4)), ("book.txt", 0, 5, slice(0, 4)),  # the line end alone predicts nothing
         ("lines.jsonl", 0, 3, slice(0, 2)), ("lines.jsonl", 1, 5, slice(0, 4)), ("lines.jsonl", 2, 2, slice(0, 1)),
     ]  # fmt: skip
+
+
+def test_files_of_one_name_are_texts_of_their_own(tmp_path: Path):
+    files = [tmp_path / folder / "book.txt" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("abc")
+    found = passages_of_files(files, lambda text: list(map(ord, text)), 5)
+    assert [one.source for one in found] == list(map(str, files))
+    with pytest.raises(InputError, match="is named 2 times"):
+        passages_of_files([files[0]] * 2, lambda text: list(map(ord, text)), 5)
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085"])
+def test_a_line_of_json_may_hold_every_line_end_but_its_own(tmp_path: Path, end: str):
+    """As `json.dumps(..., ensure_ascii=False)` writes them."""
+    texts = [f"one{end}two", "three"]
+    lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+    (tmp_path / "x.jsonl").write_text(lines, encoding="utf-8")
+    assert [text for _, text in read_texts(tmp_path / "x.jsonl")] == texts
+    assert read_prompts(tmp_path / "x.jsonl") == texts
 
 
 @pytest.mark.parametrize(
