@@ -131,6 +131,8 @@ def _difference(candidate: str, baseline: str, task: str, pairs: Sequence[Pair])
         risk.append(len(before.generated_ids or []) if place is None else place + 1)
     n, differing, tokens = len(pairs), sum(events), sum(risk)
     interval = rate_interval(events, risk)
+    alike = len(set(zip(events, risk, strict=True))) == 1
+    why = "all alike" if alike else f"{differing} of them differ; 40 and 10 are needed"
     return FirstDifferenceRecord(
         candidate=candidate,
         baseline=baseline,
@@ -141,9 +143,7 @@ def _difference(candidate: str, baseline: str, task: str, pairs: Sequence[Pair])
         lower=None if interval is None else 1000 * interval.lower,
         upper=None if interval is None else 1000 * interval.upper,
         interval_method=(
-            f"none ({n} documents, {differing} of them differ; 40 and 10 are needed)"
-            if interval is None
-            else f"BCa bootstrap, {n} documents"
+            f"none ({n} documents, {why})" if interval is None else f"BCa bootstrap, {n} documents"
         ),
         n=n,
     )

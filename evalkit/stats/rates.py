@@ -16,7 +16,7 @@ AT_ONCE = 4_000_000  # drawn values held in memory
 def rate_interval(events: Sequence[int], exposure: Sequence[int], seed: int = 0) -> Interval | None:
     """Two-sided 95 % interval of sum of events over sum of exposure [documents]: scipy's BCa bootstrap by document.
 
-    None below 40 documents, or 10 with an event.
+    None below 40 documents, or 10 with an event, or where all are alike.
 
     Raises:
         ValueError: lengths differ, or an exposure is not positive.
@@ -25,6 +25,8 @@ def rate_interval(events: Sequence[int], exposure: Sequence[int], seed: int = 0)
         raise ValueError(f"{len(events)} counts of {len(exposure)} exposures: want one each, above 0")
     if len(events) < FEWEST_DOCUMENTS or sum(count > 0 for count in events) < FEWEST_DIFFERING:
         return None
+    if len(set(zip(events, exposure, strict=True))) == 1:
+        return None  # each resample has the same rate
     found = bootstrap(
         (np.asarray(events, dtype=np.float64), np.asarray(exposure, dtype=np.float64)),
         _rate,

@@ -96,6 +96,15 @@ def test_a_token_after_the_first_that_differs_is_not_at_risk():
     assert record.interval_method == "none (3 documents, 2 of them differ; 40 and 10 are needed)"
 
 
+def test_answers_that_all_differ_at_once_have_a_rate_and_say_why_no_interval():
+    samples = [sample(BASE, n, [1, 2, STOP]) for n in range(60)]
+    samples += [sample(CANDIDATE, n, [9, 9, STOP]) for n in range(60)]
+    (record,) = found(samples, FirstDifferenceRecord)
+    assert record.per_1000_tokens == 1000
+    assert record.lower is None
+    assert record.interval_method == "none (60 documents, all alike)"
+
+
 def test_every_arm_is_held_against_its_own_baseline():
     samples = [sample(arm, 0, [1, STOP]) for arm in (BASE, CONTROL, CANDIDATE, PLANTED)]
     lengths = only(list(compare_answers(PAIRS, samples)), AnswerLengthRecord)

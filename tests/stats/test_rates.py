@@ -37,6 +37,11 @@ def test_few_documents_or_events_have_no_interval():
     assert rate_interval([1] * 10 + [0] * 50, [10] * 60) is not None
 
 
+def test_documents_that_are_all_alike_have_no_interval():
+    """Answers that all differ at their first token: every resample has the same rate, and scipy would warn."""
+    assert rate_interval([1] * 60, [1] * 60) is None
+
+
 def test_exposures_that_are_none_are_refused():
     with pytest.raises(ValueError, match="one each, above 0"):
         rate_interval([1, 0], [3, 0])
