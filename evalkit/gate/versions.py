@@ -26,11 +26,17 @@ def check_itself(
 ) -> Iterator[Check]:
     """Pair a candidate with itself in `other`; nothing where it is not there, for then it is new."""
     theirs = next((c for c in other.candidates if c.candidate == candidate.candidate), None)
-    if theirs is None or f"tasks {candidate.candidate}" not in other.stages:
-        return
-    if f"tasks {candidate.candidate}" not in run.stages:
+    if theirs is None or f"tasks {candidate.candidate}" not in run.stages:
         return  # that its tasks are missing is said where it meets its baselines
     yield _version(other, candidate, theirs)
+    if f"tasks {candidate.candidate}" not in other.stages:
+        yield Check(
+            name="version: tasks",
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"Tasks were not scored to their end for {candidate.candidate} in {other.path.name}.",
+            needs="A run of the tasks there, or `evalkit run --resume`.",
+        )
+        return
     if run.config.get("seed") != other.config.get("seed"):
         yield Check(
             name="version: seed",

@@ -106,3 +106,17 @@ def test_another_checkpoint_or_gpu_decides_nothing(
     old, new = make_run(name="old", **changes), make_run(name="new")
     assert checks(new, policy, old)["comparable"].verdict is Verdict.INCONCLUSIVE
     assert judge(new, policy, against=old).verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_candidate_whose_tasks_there_were_stopped_decides_nothing(make_run: MakeRun, policy: Policy):
+    """It is no new one: a version that loses would pass unseen."""
+    old = make_run(name="old", sample=lambda s: None if s.candidate == CANDIDATE else s)
+    lines = (old / "records.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if f'"tasks {CANDIDATE}"' not in line]
+    assert len(kept) == len(lines) - 1
+    (old / "records.jsonl").write_text("".join(kept))
+    new = make_run(name="new")
+    found = checks(new, policy, old)
+    assert found["version: tasks"].verdict is Verdict.INCONCLUSIVE
+    assert f"for {CANDIDATE} in {old.name}" in found["version: tasks"].reason
+    assert judge(new, policy, against=old).verdict is Verdict.INCONCLUSIVE
