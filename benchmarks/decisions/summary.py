@@ -12,6 +12,7 @@ from benchmarks.decisions import cells, runs
 from benchmarks.decisions.cells import Cell
 from benchmarks.decisions.choosing import Loss, loss_between
 from benchmarks.decisions.plan import Plan
+from evalkit.errors import InputError
 from evalkit.gate.policy import Policy
 from evalkit.gate.words import Verdict
 from evalkit.records import (
@@ -113,15 +114,6 @@ def summarise(plan: Plan, policy: Policy, out: Path) -> dict[str, Any]:
     """Controls and doses of a folder of cells, with what was asked of them."""
     shared = runs.find_frame(out)
     (endpoint,) = policy.endpoints
-    doses = []
-    for noise, expected in zip(plan.noise, plan.expected_loss, strict=True):
-        doses.append(dose(plan, policy, shared, noise, expected, out))
-        print(
-            f"noise {noise:g}: loss {100 * doses[-1]['loss']:+.2f} points: {doses[-1]['verdicts']}",
-            flush=True,
-        )
-    controls = [one for one in doses[0]["samples"] if one["seed"] in plan.control_seeds]
-    first = arm(plan, policy, policy.baselines[0], 0.0, plan.all_seeds, out)
     every = [
         one
         for who, noises in (
@@ -131,6 +123,19 @@ def summarise(plan: Plan, policy: Policy, out: Path) -> dict[str, Any]:
         for noise in noises
         for one in arm(plan, policy, who, noise, plan.all_seeds, out)
     ]
+    for name in ("plan_sha256", "policy_sha256"):
+        if len(found := {str(one.facts.get(name)) for one in every}) > 1:
+            raise InputError(
+                f"the cells were scored under {len(found)} versions of the {name.removesuffix('_sha256')}: one is right"
+            )
+    doses = []
+    for noise, expected in zip(plan.noise, plan.expected_loss, strict=True):
+        doses.append(dose(plan, policy, shared, noise, expected, out))
+        print(
+            f"noise {noise:g}: loss {100 * doses[-1]['loss']:+.2f} points: {doses[-1]['verdicts']}",
+            flush=True,
+        )
+    controls = [one for one in doses[0]["samples"] if one["seed"] in plan.control_seeds]
     given = Counter(one["verdict"] for one in controls)
     return {
         "policy": policy.name,
@@ -143,9 +148,9 @@ def summarise(plan: Plan, policy: Policy, out: Path) -> dict[str, Any]:
         "alpha": policy.alpha,
         "power": policy.power,
         "damage_noise": policy.damage.noise,
-        "facts": first[0].facts,
-        "mean_context_tokens": first[0].mean_context_tokens,
-        "mean_scored_tokens": first[0].mean_scored_tokens,
+        "facts": every[0].facts,
+        "mean_context_tokens": every[0].mean_context_tokens,
+        "mean_scored_tokens": every[0].mean_scored_tokens,
         "share_over_topk": min(one.share_over_topk or 0.0 for one in every),
         "documents_scored": sum(one.wanted.n for one in every),
         "scoring_s": sum(one.wall_s for one in every),
