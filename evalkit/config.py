@@ -16,10 +16,28 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 from evalkit.errors import InputError
 
 STAGES = ("layers", "kld", "tasks")
+# What each engine is told; the other ones take none of it.
+ENGINES: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "vllm": (
+        "engine_python",
+        "engine_starts",
+        "gpus",
+        "tensor_parallel",
+        "pipeline_parallel",
+        "data_parallel",
+        "expert_parallel",
+        "eager",
+        "memory_share",
+        "max_length",
+    ),
+    "endpoint": ("endpoint", "max_length"),
+}
 WORDS = {
     str: "text",
     int: "an integer",
     bool: "true or false",
+    float: "a number",
     Path: "a path",
     type(None): "null",
     tuple[str, ...]: "a list of names",
@@ -59,6 +77,19 @@ class RunConfig:
         data: a folder for tasks that read files, as docs/tasks.md names them.
         batch_size: sequences that decode together, which fixes the shapes of every pass; "auto" takes what the device
             holds, and the run records it.
+        engine: what scores the tasks: `native`, this project's own; `vllm`; or `endpoint`, servers that run already
+            (docs/serving.md). The last two score tasks only.
+        engine_python: the interpreter of vLLM's environment; None is this one.
+        engine_starts: fresh engines of each candidate, on the same documents; samples of each are kept apart.
+        endpoint: the server of each candidate, in their order.
+        gpus: names of the GPUs that engines may take, one engine beside the other; empty takes all.
+        tensor_parallel: GPUs that each layer is cut over.
+        pipeline_parallel: GPUs that the layers are spread over.
+        data_parallel: engines of one candidate, each with its share of the documents.
+        expert_parallel: whether experts are spread over an engine's GPUs instead of each being cut.
+        eager: whether vLLM runs without CUDA graphs.
+        memory_share: of a GPU's memory, for an engine.
+        max_length: the longest context that an engine has room for; None is what the tasks need, or a server's own.
         policy: the policy that the run is for, stored before anything is scored; its planted damage is scored too.
         seed: of every random choice.
         stages: what a run does of `layers`, `kld` and `tasks`.
@@ -88,6 +119,18 @@ class RunConfig:
     task_documents: int = 24
     data: Path | None = None
     batch_size: int | Literal["auto"] = "auto"
+    engine: str = "native"
+    engine_python: Path | None = None
+    engine_starts: int = 3
+    endpoint: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    expert_parallel: bool = False
+    eager: bool = True
+    memory_share: float = 0.8
+    max_length: int | None = None
     policy: Path | None = None
     seed: int = 0
     stages: tuple[str, ...] = STAGES
@@ -119,11 +162,28 @@ class RunConfig:
             "attribution_tokens": 1,
             "task_documents": 1,
             "batch_size": 1,
+            "engine_starts": 1,
+            "tensor_parallel": 1,
+            "pipeline_parallel": 1,
+            "data_parallel": 1,
+            "max_length": 1,
             "seed": 0,
         }
         for key, minimum in least.items():
-            if getattr(self, key) != "auto" and getattr(self, key) < minimum:
+            if getattr(self, key) not in ("auto", None) and getattr(self, key) < minimum:
                 raise InputError(f"{key} is {getattr(self, key)}: it must be at least {minimum}")
+        self._refuse_what_the_engine_does_not_take()
+
+    def _refuse_what_the_engine_does_not_take(self) -> None:
+        if self.engine not in ENGINES:
+            raise InputError(f"engine is {self.engine!r}: give {', '.join(ENGINES)}")
+        if not 0 < self.memory_share <= 1:
+            raise InputError(f"memory_share is {self.memory_share:g}: a share of a GPU's memory, up to 1")
+        defaults = {field.name: field.default for field in fields(self)}
+        for key in dict.fromkeys(key for keys in ENGINES.values() for key in keys):
+            if key not in ENGINES[self.engine] and getattr(self, key) != defaults[key]:
+                takers = " or ".join(engine for engine, keys in ENGINES.items() if key in keys)
+                raise InputError(f"{key} is given, and engine is {self.engine}: it is for engine={takers}")
 
     @classmethod
     def load(cls, path: Path | None = None, overrides: Sequence[str] = ()) -> Self:
@@ -146,6 +206,10 @@ class RunConfig:
         if config.data is not None and not config.data.is_dir():
             raise InputError(
                 f"data is {config.data}, which is no folder: name the one that holds the tasks' files"
+            )
+        if config.engine_python is not None and not os.access(config.engine_python, os.X_OK):
+            raise InputError(
+                f"engine_python is {config.engine_python}, which is no program: name a python that has vLLM"
             )
         _refuse_unwritable(config.out)
         return config
@@ -225,6 +289,8 @@ def _value(key: str, raw: object, where: str) -> Any:
             return raw
         if option in (str, int, bool) and type(raw) is option:
             return raw
+        if option is float and type(raw) in (int, float):
+            return float(raw)  # type: ignore[arg-type]
     raise InputError(f"{where}: {key} is {raw!r}: it takes {_takes(key)}")
 
 
@@ -236,6 +302,8 @@ def _from_text(key: str, text: str) -> Any:
     raw: object = text
     if "an integer" in takes and re.fullmatch(r"[+-]?\d+", text):
         raw = int(text)
+    elif "a number" in takes and re.fullmatch(r"[+-]?\d*\.?\d+", text):
+        raw = float(text)
     elif "true or false" in takes and text in ("true", "false"):
         raw = text == "true"
     elif "list" in takes and text != "default":

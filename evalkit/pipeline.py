@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate import answers, kld
 from evalkit.evaluate.documents import calibration_documents, generated_tokens, range_documents
+from evalkit.evaluate.engines.choose import DEFAULT_CANDIDATES, NativeScorer, Scorer, serve
 from evalkit.evaluate.engines.native import auto_batch_size
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks
 from evalkit.evaluate.texts import read_texts
-from evalkit.gate.evidence import damage_arm
 from evalkit.gate.policy import Policy
 from evalkit.gate.policy import load as load_policy
 from evalkit.kv import Scales, scale_files
@@ -48,6 +48,7 @@ from evalkit.records import (
     EnvironmentRecord,
     PolicyRecord,
     ProfileRecord,
+    Record,
     RunDirectory,
     SampleRecord,
     TaskRecord,
@@ -57,7 +58,6 @@ from evalkit.records import (
 from evalkit.report import html, markdown, terminal
 from evalkit.stats import paired
 
-DEFAULT_CANDIDATES = ("bf16", "fp8_e4m3:one", "fp8_e4m3:calibrated", "fp8_ds_mla")
 # Between the seeds of compared documents, so that calibration's lie between them.
 DOCUMENT_STEP = 1_000
 # What a run's numbers depend on beyond its configuration: it cannot go on where one differs.
@@ -93,6 +93,9 @@ def run(config: RunConfig, resume: Path | None = None) -> Path:
 class Prepared:
     """What a run works on, checked: the loaded model, resolved candidates with their scales, and the prompts.
 
+    identity: what names a streamed checkpoint's bytes; to hash all of them would read them once more.
+    model: None where a serving engine has it.
+    scorer: what scores the tasks.
     ranges: what the profile made of the model, layer by layer; empty where it is `native`.
     requested: each candidate as it was asked for, in the order of `candidates`; the first is the bf16 baseline.
     documents: token ids [T] for the layer comparison.
@@ -104,21 +107,17 @@ class Prepared:
     config: RunConfig
     policy: Policy | None
     checkpoint: Path
+    identity: str | None
     model: Any
     ranges: Sequence[ProfileRecord]
     lm: EvalkitLM
+    scorer: Scorer
     requested: tuple[str, ...]
     candidates: tuple[Candidate, ...]
     scales: Mapping[Candidate, Mapping[int, Scales]]
     documents: Sequence[Tensor]
     passages: Sequence[kld.Passage]
     calibration: Sequence[Tensor]
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences that decode together, a number by now."""
-        assert self.config.batch_size != "auto"
-        return self.config.batch_size
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -135,6 +134,9 @@ def prepare(config: RunConfig) -> Prepared:
         raise InputError("tasks is empty: name at least one, such as evalkit_needle_1024")
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     streamed = should_stream(checkpoint, config.device, dtype, config.stream)
+    identity = sampled_identity(checkpoint) if streamed else None
+    if config.engine != "native":
+        return _served(config, policy, checkpoint, identity, requested)
     if streamed:
         _refuse_streamed(config)
     if not sys.stderr.isatty():
@@ -144,13 +146,11 @@ def prepare(config: RunConfig) -> Prepared:
         model = stream(checkpoint, config.device, dtype)
     else:
         model = load(checkpoint, "bf16@reference", device=config.device, dtype=dtype)
-    if config.batch_size == "auto":
-        config = config.with_values(batch_size=auto_batch_size(model))
+    batch_size = auto_batch_size(model) if config.batch_size == "auto" else config.batch_size
+    config = config.with_values(batch_size=batch_size)
     candidates = tuple(model.evalkit.resolve(text) for text in requested)
-    for place, candidate in enumerate(candidates):
-        if candidate in candidates[:place]:
-            raise InputError(f"candidates name {candidate} twice: {requested[place]!r} is the same again")
-    lm = EvalkitLM(model, candidate=candidates[0], batch_size=config.batch_size)
+    _refuse_twice(candidates, requested)
+    lm = EvalkitLM(model, candidate=candidates[0], batch_size=batch_size)
     documents = _documents(config, lm)
     if config.phase_tokens and "layers" in config.stages:
         phases.refuse_short(documents)
@@ -172,9 +172,17 @@ def prepare(config: RunConfig) -> Prepared:
         config=config,
         policy=policy,
         checkpoint=checkpoint,
+        identity=identity,
         model=model,
         ranges=[rescale.record(profile, one) for one in given],
         lm=lm,
+        scorer=NativeScorer(
+            model=model,
+            candidates=candidates,
+            scales=scales,
+            batch_size=batch_size,
+            documents=config.task_documents,
+        ),
         requested=requested,
         candidates=candidates,
         scales=scales,
@@ -185,14 +193,12 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def describe(directory: RunDirectory, prepared: Prepared) -> None:
-    """Record the environment, and each candidate with the bytes that its rows were seen to take."""
-    model = prepared.model
-    dtype = str(model.dtype).removeprefix("torch.")
-    if model.evalkit.rounding is not None:
-        dtype += " (query, rows and attention output rounded to bfloat16)"
-    # To hash the weights of a streamed checkpoint would read them once more.
-    identity = None if model.evalkit.weights is None else sampled_identity(prepared.checkpoint)
-    now = environment.collect(prepared.checkpoint, str(model.device), dtype, directory.command, identity)
+    """Record the environment, and each candidate with the bytes that its rows were seen to take.
+
+    What a serving engine runs is recorded with its tasks, when it has started.
+    """
+    device, dtype = prepared.scorer.place
+    now = environment.collect(prepared.checkpoint, device, dtype, directory.command, prepared.identity)
     if directory.done("environment"):
         _refuse_other(directory, now, prepared)
         return
@@ -202,34 +208,8 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
             write.write(PolicyRecord(name=policy.name, sha256=policy.sha256, text=policy.to_json()))
         for record in prepared.ranges:
             write.write(record)
-        for requested, candidate in zip(prepared.requested, prepared.candidates, strict=True):
-            scales = prepared.scales[candidate]
-            backend = backends.reading(candidate.backend, candidate.reader, candidate.read)
-            scorer = indexer.kernel_for(
-                candidate.index, model.dtype, model.config.index_n_heads, model.device
-            )
-            write.write(
-                CandidateRecord(
-                    candidate=str(candidate),
-                    format=candidate.format,
-                    scales=candidate.scales,
-                    backend=candidate.backend,
-                    kernel=f"{backend.kernel_on(model.device)}; index scores: {scorer}",
-                    index=candidate.index,
-                    read=candidate.read,
-                    heads=model.config.num_attention_heads,
-                    row_bytes_per_token=kv.get(candidate.format).row_bytes,
-                    bytes_per_token_read_back=bytes_per_token(
-                        model, lambda c=candidate, s=scales: _cache(prepared, c, s)
-                    ),
-                    requested=requested,
-                    note=_note(candidate, scales, bool(prepared.calibration)),
-                )
-            )
-            if candidate.scales == "one" and kv.get(candidate.format).uses_scales:
-                carried = scale_files.carried(prepared.checkpoint)
-                for missing in ranges.missing_scales(str(candidate), model.config.num_hidden_layers, carried):
-                    write.write(missing)
+        for described in _candidate_records(prepared) if prepared.model is not None else ():
+            write.write(described)
 
 
 def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
@@ -277,10 +257,11 @@ def find_divergence(directory: RunDirectory) -> None:
 def compare_phases(directory: RunDirectory, prepared: Prepared) -> None:
     """The first tokens of the same prompts again, arriving in every way that serving has."""
     config, model = prepared.config, prepared.model
-    documents = [ids[: config.phase_tokens] for ids in prepared.documents]
-    left_out = not config.phase_tokens or model.evalkit.weights is not None
-    if "layers" not in config.stages or left_out or directory.done("phases"):
+    if "layers" not in config.stages or not config.phase_tokens or directory.done("phases"):
         return
+    if model.evalkit.weights is not None:
+        return
+    documents = [ids[: config.phase_tokens] for ids in prepared.documents]
     passes = phases.count_phase_passes(model, len(documents), prepared.candidates)
     with directory.stage("phases") as write, progress("phases", passes) as advance:
         for record in phases.compare_phases(
@@ -323,36 +304,24 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
     The baseline itself is paired with a pass of its own in batches of half the size: other matrix shapes, in decoding
     and in prefilling, so what differs between the two is the least that can be seen.
     """
-    config, baseline, full = prepared.config, prepared.candidates[0], prepared.batch_size
+    config, scorer = prepared.config, prepared.scorer
     if "tasks" not in config.stages or not config.tasks:
         return
-    size = max(1, min(full, config.task_documents) // 2)  # of what is decoded together, documents permitting
-    control = f"{baseline}, batches of {size}"
-    arms = [(control, baseline, size, None, 0.0), (str(baseline), baseline, full, control, 0.0)]
-    if prepared.policy is not None:
-        dose = prepared.policy.damage.noise
-        arms.append((damage_arm(str(baseline), dose), baseline, full, None, dose))
-    arms += [(str(other), other, full, str(baseline), 0.0) for other in prepared.candidates[1:]]
-    topk = prepared.model.config.index_topk
-    for name, candidate, batch_size, against, damage in arms:
-        stage = f"tasks {name}"
-        if directory.done(stage):
-            continue
-        lm = EvalkitLM(
-            prepared.model,
-            candidate=candidate,
-            scales=prepared.scales[candidate],
-            batch_size=batch_size,
-            damage=damage,
-        )
-        with directory.stage(stage) as write:
+    every = scorer.arms(None if prepared.policy is None else prepared.policy.damage.noise)
+    arms = [arm for arm in every if not directory.done(f"tasks {arm.name}")]
+    scorer.fetch(arms, directory.path)
+    for arm in arms:
+        with scorer.lm(arm, directory.path) as lm, directory.stage(f"tasks {arm.name}") as write:
+            for proved in scorer.proof(arm, directory.path):
+                write.write(proved)
             asked = (config.tasks, config.task_documents, config.seed)
-            for scored in run_tasks(lm, *asked, candidate=name, data=config.data):
+            for scored in run_tasks(lm, *asked, candidate=arm.name, data=config.data):
                 for sample in scored.samples:
                     write.write(sample)
-                if against is not None:
-                    before = _samples(directory, against, scored.task)
-                    for record in _task_records(name, against, before, scored, topk):
+                if arm.against is not None:
+                    scored = replace(scored, wall_s=scored.wall_s + scorer.seconds(arm, scored.task))
+                    before = _samples(directory, arm.against, scored.task)
+                    for record in _task_records(arm.name, arm.against, before, scored, scorer.topk):
                         write.write(record)
 
 
@@ -383,10 +352,11 @@ def _requested(config: RunConfig) -> tuple[str, ...]:
     Raises:
         InputError: a format or backend does not exist. Whether one can run is known only with the model.
     """
-    named = DEFAULT_CANDIDATES if config.candidates == "default" else tuple(config.candidates)
+    default = DEFAULT_CANDIDATES[config.engine]
+    named = default if config.candidates == "default" else tuple(config.candidates)
     parsed = [Candidate.parse(text) for text in named]
     for candidate in parsed:
-        if candidate.backend != BEST:
+        if candidate.backend != BEST and config.engine == "native":
             backends.get(candidate.backend)
         if candidate.format not in (*BF16_NAMES, "fp8"):
             kv.get(candidate.format)
@@ -402,17 +372,52 @@ def _requested(config: RunConfig) -> tuple[str, ...]:
     return leads, *rest
 
 
+def _served(
+    config: RunConfig,
+    policy: Policy | None,
+    checkpoint: Path,
+    identity: str | None,
+    requested: tuple[str, ...],
+) -> Prepared:
+    """What a run of tasks on a serving engine works on: no model is loaded here."""
+    scorer = serve(config, checkpoint, requested)
+    _refuse_twice(scorer.candidates, requested)
+    return Prepared(
+        config=scorer.config,
+        policy=policy,
+        checkpoint=checkpoint,
+        identity=identity,
+        model=None,
+        ranges=(),
+        lm=EvalkitLM(engine=scorer.asked),
+        scorer=scorer,
+        requested=requested,
+        candidates=scorer.candidates,
+        scales={},
+        documents=(),
+        passages=(),
+        calibration=(),
+    )
+
+
+def _refuse_twice(candidates: Sequence[Candidate], requested: Sequence[str]) -> None:
+    for place, candidate in enumerate(candidates):
+        if candidate in candidates[:place]:
+            raise InputError(f"candidates name {candidate} twice: {requested[place]!r} is the same again")
+
+
 def _refuse_other(directory: RunDirectory, now: EnvironmentRecord, prepared: Prepared) -> None:
     """Refuse to go on with a run where what its numbers depend on has changed since."""
     then = only(directory.read(), EnvironmentRecord)[0]
     names = [record.candidate for record in only(directory.read(), CandidateRecord)]
+    candidates = prepared.candidates[: len(names)]  # of a serving engine those whose tasks were scored
     facts = [(key, getattr(then, key), getattr(now, key)) for key in SAME_FACTS]
     for table in ("packages", "flags"):
         old, new = getattr(then, table), getattr(now, table)
         facts += [(key, old.get(key), new.get(key)) for key in {**old, **new}]
     stored = {"policy": next((r.sha256 for r in only(directory.read(), PolicyRecord)), None)}
     facts.append(("policy", stored["policy"], None if prepared.policy is None else prepared.policy.sha256))
-    facts.append(("candidates", ", ".join(names), ", ".join(map(str, prepared.candidates))))
+    facts.append(("candidates", ", ".join(names), ", ".join(map(str, candidates))))
     was, is_now = (
         ", ".join({one.sha256 for one in found}) or "none"
         for found in (only(directory.read(), ProfileRecord), prepared.ranges)
@@ -424,6 +429,34 @@ def _refuse_other(directory: RunDirectory, now: EnvironmentRecord, prepared: Pre
                 f"{directory.path} was begun with {key} {before}, here it is {after}: its numbers would not "
                 "compare; start a new run"
             )
+
+
+def _candidate_records(prepared: Prepared) -> Iterator[Record]:
+    """What each candidate resolved to, and the layers that it has no scale for."""
+    model = prepared.model
+    for requested, candidate in zip(prepared.requested, prepared.candidates, strict=True):
+        scales = prepared.scales[candidate]
+        backend = backends.reading(candidate.backend, candidate.reader, candidate.read)
+        scorer = indexer.kernel_for(candidate.index, model.dtype, model.config.index_n_heads, model.device)
+        yield CandidateRecord(
+            candidate=str(candidate),
+            format=candidate.format,
+            scales=candidate.scales,
+            backend=candidate.backend,
+            kernel=f"{backend.kernel_on(model.device)}; index scores: {scorer}",
+            index=candidate.index,
+            read=candidate.read,
+            heads=model.config.num_attention_heads,
+            row_bytes_per_token=kv.get(candidate.format).row_bytes,
+            bytes_per_token_read_back=bytes_per_token(
+                model, lambda c=candidate, s=scales: _cache(prepared, c, s)
+            ),
+            requested=requested,
+            note=_note(candidate, scales, bool(prepared.calibration)),
+        )
+        if candidate.scales == "one" and kv.get(candidate.format).uses_scales:
+            carried = scale_files.carried(prepared.checkpoint)
+            yield from ranges.missing_scales(str(candidate), model.config.num_hidden_layers, carried)
 
 
 @contextmanager

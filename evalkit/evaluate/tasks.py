@@ -239,3 +239,14 @@ def refuse_long_prompts(lm: EvalkitLM, tasks: Sequence[Task], documents: int) ->
         for request in task.instances:
             if request.request_type == "generate_until":
                 lm.check(request)
+
+
+def ask(lm: EvalkitLM, tasks: Sequence[Task], documents: int, seed: int) -> None:
+    """Send what `run_tasks` will send, task after task, and score nothing."""
+    for task in tasks:
+        task.set_fewshot_seed(seed=seed)
+        with _quiet_lm_eval():
+            task.build_all_requests(limit=documents, rank=0, world_size=1)
+        kinds = dict.fromkeys(request.request_type for request in task.instances)
+        for kind in kinds:
+            getattr(lm, kind)([one for one in task.instances if one.request_type == kind], disable_tqdm=True)

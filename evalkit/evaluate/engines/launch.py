@@ -51,7 +51,7 @@ class Launch:
     max_length: vLLM's `max_model_len`.
     sequences: vLLM's `max_num_seqs`, what runs together at most.
     memory_share: of the GPU's memory, vLLM's `gpu_memory_utilization`.
-    gpus: CUDA_VISIBLE_DEVICES; empty leaves it as it is.
+    gpus: CUDA_VISIBLE_DEVICES, by number or name; empty leaves it as it is.
     force_stored: newer versions attend prompts up to top-k densely, past the cache; true has them read it.
     extra: further arguments of vLLM's `LLM`, which win.
     """
@@ -69,7 +69,7 @@ class Launch:
     expert_parallel: bool = False
     sequences: int = 64
     memory_share: float = 0.8
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[int | str, ...] = ()
     force_stored: bool = False
     seed: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)

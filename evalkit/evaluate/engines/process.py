@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -48,16 +49,24 @@ class Worker:
         module: what `python -m` runs.
         log: where its stderr goes; a fresh file.
         environment: added to this process's own.
+        python: the interpreter; None is this one.
     """
 
-    def __init__(self, module: str, log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, module: str, log: Path, environment: Mapping[str, str], python: Path | None = None
+    ) -> None:
         self.log, self.number = log, 0
         log.parent.mkdir(parents=True, exist_ok=True)
-        package = str(Path(evalkit.__file__).resolve().parents[1])
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        package = Path(evalkit.__file__).resolve().parent
+        self._alone = tempfile.TemporaryDirectory(prefix="evalkit-")
+        if python is not None:
+            # What else is installed beside this package must not take the place of what that environment has.
+            Path(self._alone.name, package.name).symlink_to(package)
+            package = Path(self._alone.name, package.name)
+        paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [str(python.absolute()) if python is not None else sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -95,12 +104,15 @@ class Worker:
 
     def close(self) -> None:
         """End it and all that it started."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        # After the kill: another thread may be reading, and holds the stream until it ends.
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with suppress(OSError):  # what was not yet sent
+                    stream.close()
+        self._alone.cleanup()
 
     def telling(self) -> list[str]:
         """The log's lines that say which path runs, each once, without time and place."""

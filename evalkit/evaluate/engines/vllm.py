@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +21,7 @@ from evalkit.evaluate.engines.kept import Kept, key_of
 from evalkit.evaluate.engines.launch import ENVIRONMENT, Launch
 from evalkit.evaluate.engines.process import EngineDiedError, Worker
 from evalkit.progress import progress
+from evalkit.records import write_whole
 
 WORKER = "evalkit.evaluate.engines.worker"
 ANSWERS, LOG, PROOF = "answers.jsonl", "engine.log", "proof.json"
@@ -34,6 +36,10 @@ class VllmEngine:
         folder: its answers, log and proof; a killed run goes on with the same one.
         logprobs: how many of the likeliest tokens to tell beside each generated one; None tells none.
         environment: added to the worker's.
+        python: the interpreter of vLLM's environment; None is this one.
+
+    Attributes:
+        proof: its own account of its path, of this start or, before one, of the last in this folder.
 
     Raises:
         InputError: vLLM cannot run this candidate here, or ran another path than it was asked for.
@@ -47,16 +53,18 @@ class VllmEngine:
         *,
         logprobs: int | None = None,
         environment: Mapping[str, str] | None = None,
+        python: Path | None = None,
     ) -> None:
-        self.launch, self.folder, self.logprobs = launch, folder, logprobs
+        self.launch, self.folder, self.logprobs, self.python = launch, folder, logprobs, python
         self.max_length = launch.max_length - 2  # vLLM wants room for one more token after a prompt
         self.tokenizer, self.stop_ids = text_of(launch.checkpoint)
         self.starts = 0
-        self.proof: dict[str, Any] = {}
         self._environment = {**ENVIRONMENT, **(environment or {})}
         if launch.gpus:
             self._environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, launch.gpus))
         self._kept = Kept(folder / ANSWERS, launch.fingerprint)
+        told = folder / PROOF
+        self.proof: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {}
         self._worker: Worker | None = None
 
     def __enter__(self) -> Self:
@@ -82,7 +90,8 @@ class VllmEngine:
         if self._worker is None:
             self.starts += 1
             log = self.folder / (LOG if self.starts == 1 else f"engine-{self.starts}.log")
-            self._worker = Worker(WORKER, log, self._environment)
+            self._worker = Worker(WORKER, log, self._environment, self.python)
+            before = self.proof
             try:
                 message = {
                     "do": "start",
@@ -92,22 +101,33 @@ class VllmEngine:
                 (reply,) = self._worker.ask(message)
                 self.proof = reply["started"] | {"log": self._worker.telling()}
                 refuse_other_path(self.launch, self.proof)
+                if self._kept.answers and before:
+                    self._refuse_changed(before)
             except BaseException:
                 self.close()
                 raise
-            (self.folder / PROOF).write_text(json.dumps(self.proof, indent=1))
+            write_whole(self.folder / PROOF, json.dumps(self.proof, indent=1))
         return self.proof
+
+    def adopt(self, other: VllmEngine) -> None:
+        """Take the answers of an engine of the same launch, which was given its share of the documents."""
+        if other.launch.fingerprint != self.launch.fingerprint:
+            raise ValueError(f"{other.folder} holds the answers of another launch than {self.folder}")
+        for key, answer in other._kept.answers.items():
+            if key not in self._kept.answers:
+                self._kept.keep(key, answer)
 
     def stored(self, request: Prompt | Span) -> bool:
         """Whether its scored tokens read stored rows: newer versions attend prompts up to top-k densely, past them.
 
         What is generated after the first token reads them always.
         """
-        if self.launch.force_stored or not self.start().get("dense_prefill_tokens"):
+        proof = self.proof or self.start()
+        if self.launch.force_stored or not proof.get("dense_prefill_tokens"):
             return True
         if isinstance(request, Prompt):
-            return bool(request.max_new > 1 or len(request.ids) > self.proof["dense_prefill_tokens"])
-        return bool(len(request.context) + len(request.continuation) > self.proof["dense_prefill_tokens"])
+            return bool(request.max_new > 1 or len(request.ids) > proof["dense_prefill_tokens"])
+        return bool(len(request.context) + len(request.continuation) > proof["dense_prefill_tokens"])
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         """As `Engine.generate`; an answer is on disk before it is given."""
@@ -191,6 +211,14 @@ class VllmEngine:
             self._with_restarts(ask)
         yield from fresh
 
+    def _refuse_changed(self, before: Mapping[str, Any]) -> None:
+        for fact in ("vllm", "backend"):
+            if before[fact] != self.proof[fact]:
+                raise InputError(
+                    f"{self.folder} holds answers of {fact} {before[fact]}, here it is {self.proof[fact]}: name a fresh "
+                    "folder"
+                )
+
     def _ask(self, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         self.start()
         assert self._worker is not None
@@ -231,6 +259,7 @@ def refuse_other_path(launch: Launch, proof: Mapping[str, Any]) -> None:
             )
 
 
+@lru_cache(maxsize=4)
 def text_of(checkpoint: Path) -> tuple[Any, list[int]]:
     """The checkpoint's tokenizer, and the tokens that end a text."""
     from transformers import AutoTokenizer

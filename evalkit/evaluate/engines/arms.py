@@ -1,0 +1,54 @@
+"""The passes over a run's documents: the baseline, what it is held against, and every candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from evalkit.candidate import Candidate
+from evalkit.gate.evidence import damage_arm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One pass over the documents.
+
+    name: what its samples carry. batch_size: sequences that decode together, at most. against: the arm that it is
+    paired with. damage: see `evalkit.evaluate.damage`.
+    """
+
+    name: str
+    candidate: Candidate
+    batch_size: int
+    against: str | None = None
+    damage: float = 0.0
+
+
+def arms_of(
+    candidates: Sequence[Candidate], batch_size: int, documents: int, damage: float | None
+) -> list[Arm]:
+    """The baseline in batches of half the size, the baseline, planted damage where a policy asks for it, the others."""
+    baseline, *others = candidates
+    size = max(1, min(batch_size, documents) // 2)  # of what is decoded together, documents permitting
+    control = Arm(name=f"{baseline}, batches of {size}", candidate=baseline, batch_size=size)
+    found = [
+        control,
+        Arm(name=str(baseline), candidate=baseline, batch_size=batch_size, against=control.name),
+    ]
+    if damage is not None:
+        name = damage_arm(str(baseline), damage)
+        found.append(Arm(name=name, candidate=baseline, batch_size=batch_size, damage=damage))
+    return found + [
+        Arm(name=str(other), candidate=other, batch_size=batch_size, against=str(baseline))
+        for other in others
+    ]
+
+
+def starts_of(arms: Sequence[Arm], starts: int) -> list[Arm]:
+    """What begins afresh for each candidate, from the second start on; each is paired with the first."""
+    own = [arm for arm in arms if arm.name == str(arm.candidate)]
+    return [
+        replace(arm, name=f"{arm.name}, start {start}", against=arm.name)
+        for start in range(2, starts + 1)
+        for arm in own
+    ]

@@ -1,0 +1,177 @@
+"""A run's tasks on serving engines: which engine an arm gets, several side by side, and what they prove of themselves.
+
+Answers are fetched first, one engine for each arm, as many at once as GPUs have room for, each kept in
+`engines/<arm>/` of the run as it comes. Tasks then score from there, so that a run which was killed asks nothing twice.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from evalkit.candidate import Candidate
+from evalkit.config import RunConfig
+from evalkit.errors import InputError
+from evalkit.evaluate.engines.arms import Arm, arms_of
+from evalkit.evaluate.engines.asked import Asked
+from evalkit.evaluate.lm import EvalkitLM
+from evalkit.evaluate.tasks import ask, load_tasks
+from evalkit.model.load import read_json
+from evalkit.records import CandidateRecord, file_name
+
+FOLDER = "engines"
+AT_ONCE = {"vllm": 64, "endpoint": 16}  # requests, where batch_size is auto
+
+Gpus = tuple[str, ...]
+
+
+class Served(ABC):
+    """A scorer whose arms are engines of their own.
+
+    Args:
+        config: with a batch_size or "auto".
+        checkpoint: its directory.
+        requested: candidates as asked for, the baseline first.
+
+    Raises:
+        InputError: an engine cannot do what is asked, as far as can be known before it starts.
+    """
+
+    def __init__(self, config: RunConfig, checkpoint: Path, requested: Sequence[str]) -> None:
+        refuse_unserved(config)
+        self.checkpoint, self.requested = checkpoint, tuple(requested)
+        size = AT_ONCE[config.engine] if config.batch_size == "auto" else config.batch_size
+        self.config = config.with_values(batch_size=size)
+        self.batch_size: int = size
+        about = read_json(checkpoint / "config.json")
+        self.topk, self.heads = int(about["index_topk"]), int(about["num_attention_heads"])
+        self.asked = Asked(checkpoint, self.longest(int(about["max_position_embeddings"])))
+        tasks = load_tasks(config.tasks, config.task_documents, config.seed, config.data)
+        ask(EvalkitLM(engine=self.asked), tasks, config.task_documents, config.seed)
+        self.candidates = tuple(self.resolve(Candidate.parse(text)) for text in requested)
+        self.rooms()
+        self._seconds: dict[tuple[str, str], float] = {}
+
+    @property
+    @abstractmethod
+    def place(self) -> tuple[str, str]:
+        """Device and dtype, in words."""
+
+    @abstractmethod
+    def longest(self, most: int) -> int:
+        """The longest request that is taken, of a checkpoint that was made for `most` positions."""
+
+    @abstractmethod
+    def resolve(self, candidate: Candidate) -> Candidate:
+        """With the names of what it gets."""
+
+    @abstractmethod
+    def rooms(self) -> list[list[Gpus]]:
+        """Where arms run at once: for each room the GPUs of each of an arm's engines."""
+
+    @abstractmethod
+    def engine(self, arm: Arm, folder: Path, gpus: Gpus = ()) -> Any:
+        """An engine of this arm that keeps its answers in a folder."""
+
+    @abstractmethod
+    def record(self, arm: Arm, requested: str, proof: dict[str, Any]) -> CandidateRecord:
+        """What ran, by the engine's own account."""
+
+    def arms(self, damage: float | None) -> list[Arm]:
+        """As of this project's own engine; but rows of a serving engine cannot be damaged."""
+        return arms_of(self.candidates, self.batch_size, self.config.task_documents, None)
+
+    @contextmanager
+    def lm(self, arm: Arm, run: Path) -> Iterator[EvalkitLM]:
+        with closing(self.engine(arm, _folder(run, arm))) as engine:
+            yield EvalkitLM(engine=engine)
+
+    def proof(self, arm: Arm, run: Path) -> Iterator[CandidateRecord]:
+        if arm.name == str(arm.candidate):
+            requested = self.requested[self.candidates.index(arm.candidate)]
+            yield self.record(arm, requested, self.engine(arm, _folder(run, arm)).proof)
+
+    def seconds(self, arm: Arm, task: str) -> float:
+        return self._seconds.get((arm.name, task), 0.0)
+
+    def fetch(self, arms: Sequence[Arm], run: Path) -> None:
+        """Ask every arm's engine all that tasks will ask, side by side where there is room."""
+        rooms: SimpleQueue[list[Gpus]] = SimpleQueue()
+        for room in self.rooms():
+            rooms.put(room)
+        held: list[Any] = []
+
+        def fetch(arm: Arm) -> None:
+            room = rooms.get()
+            try:
+                self._fetch(arm, _folder(run, arm), room, held)
+            finally:
+                rooms.put(room)
+
+        with ThreadPoolExecutor(rooms.qsize()) as pool:
+            futures = [pool.submit(fetch, arm) for arm in arms]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                for engine in held.copy():  # their threads wait for answers
+                    engine.close()
+                raise
+
+    def _fetch(self, arm: Arm, folder: Path, room: Sequence[Gpus], held: list[Any]) -> None:
+        engines = [
+            self.engine(arm, folder if not share else folder / f"share-{share}", gpus)
+            for share, gpus in enumerate(room)
+        ]
+        held.extend(engines)
+        try:
+            for task in self.asked.tasks:
+                began = time.perf_counter()
+                with ThreadPoolExecutor(len(engines)) as pool:
+                    for done in [
+                        pool.submit(self._ask, engine, task, share, len(engines))
+                        for share, engine in enumerate(engines)
+                    ]:
+                        done.result()
+                self._seconds[arm.name, task] = time.perf_counter() - began
+            for other in engines[1:]:
+                engines[0].adopt(other)
+        finally:
+            for engine in engines:
+                engine.close()
+                held.remove(engine)
+
+    def _ask(self, engine: Any, task: str, share: int, of: int) -> None:
+        """Which documents are whose does not depend on what is answered."""
+        for _ in engine.generate(self.asked.prompts.get(task, [])[share::of]):
+            pass
+        for _ in engine.score(self.asked.spans.get(task, [])[share::of]):
+            pass
+
+
+def refuse_unserved(config: RunConfig) -> None:
+    """Refuse what a serving engine cannot do.
+
+    Raises:
+        InputError: layers or divergences are asked for, or what only this project's own path has.
+    """
+    place = f"engine is {config.engine}, which scores tasks and nothing else"
+    if config.stages != ("tasks",):
+        raise InputError(f"{place}: run `evalkit tasks`, or set stages=tasks; layers are engine=native's")
+    for key in ("profile", "device", "dtype"):
+        if getattr(config, key) != getattr(RunConfig(), key):
+            raise InputError(f"{place}: {key}={getattr(config, key)} is engine=native's; leave it out")
+    if config.batch_size != "auto" and config.batch_size < 2:
+        raise InputError(f"{place}: batch_size is 1, and half of it is for the control; give at least 2")
+
+
+def _folder(run: Path, arm: Arm) -> Path:
+    return run / FOLDER / file_name(arm.name)
