@@ -210,6 +210,37 @@ def test_a_pool_is_no_larger_than_kernels_can_count(engine, monkeypatch):
     assert made == [2]
 
 
+@pytest.mark.parametrize("size", [2, 4, 5, 7])
+def test_half_a_batch_has_other_shapes_also_where_all_of_it_finds_no_room(size, engine, monkeypatch):
+    """Else the control would be the baseline once more to the bit, and its floor zero."""
+    spans = [
+        Span(label=Label("t", i), context=one.ids, continuation=[5, 6]) for i, one in enumerate(asked(9))
+    ]
+    monkeypatch.setattr("evalkit.evaluate.engines.native.MOST_SLOTS", 110 * 3)
+    monkeypatch.setattr("evalkit.evaluate.engines.schedule.PREFILL_TOKENS_PER_SEQUENCE", 1)
+    made, shapes = [], []
+    begin, pad = Decoder.__init__, NativeEngine._left_pad
+    monkeypatch.setattr(
+        Decoder, "__init__", lambda self, *given: (made.append(given[2]), begin(self, *given))[1]
+    )
+
+    def padded(self, *given):
+        shapes.append(pad(self, *given)[0].shape)
+        return pad(self, *given)
+
+    monkeypatch.setattr(NativeEngine, "_left_pad", padded)
+    found, scores = [], []
+    for batch_size in (size, size // 2):
+        found.append(answers(engine(batch_size=batch_size), asked(9)))
+        scores.append([nats for _, (nats, _) in sorted(engine(batch_size=batch_size).score(spans))])
+    assert made[0] != made[1]
+    assert found[0] == found[1]
+    whole, half = shapes[:9], shapes[9:]
+    assert all(len(shape) == 2 and shape[0] == 1 for shape in shapes)
+    assert not set(whole) & set(half)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
 def test_nothing_to_generate_is_nothing(engine):
     assert list(engine().generate([])) == []
 

@@ -63,8 +63,9 @@ class Answer:
 class Engine(Protocol):
     """Runs one candidate. Answers come in any order, each with its request's place in what was given.
 
-    Two engines of one checkpoint are given the same requests; which of them share a computation must not depend on
-    what is answered, so that a difference between candidates does not come from there.
+    Two engines of one checkpoint are given the same requests, and the shapes that they compute in must not depend on
+    what is answered: a difference between candidates does not come from there. What company changes beyond that, a
+    control in batches of another size has to show.
     """
 
     @property

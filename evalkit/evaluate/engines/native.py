@@ -3,8 +3,9 @@
 `batch_size` sequences are decoded together; one whose answer has ended makes room for a prompt that waits. Which
 prompts are prefilled together, how wide they are padded, and how many sequences a step has follows from the requests
 alone (schedule.py): every candidate multiplies matrices of the same shapes, so that no difference comes from a GEMM's
-choice. When a waiting prompt gets its room, and beside which others, follows from the answers; what a sequence
-computes does not depend on that. Nothing is ever truncated.
+choice. When a waiting prompt gets its room, and beside which others, follows from the answers. Its attention does not
+depend on that; its experts do, by rounding, since they multiply as many rows at once as all sequences send them. What
+that makes, the control in batches of half the size shows with the rest. Nothing is ever truncated.
 """
 
 from __future__ import annotations
@@ -162,7 +163,10 @@ class NativeEngine:
 
     def _generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         columns = max(len(prompt.ids) + prompt.max_new for prompt in prompts)
-        count = max(1, min(self.batch_size, len(prompts), MOST_SLOTS // (columns + BLOCK) - 1))
+        count, most = min(self.batch_size, len(prompts)), MOST_SLOTS // (columns + BLOCK) - 1
+        if count > most:
+            # Fewer of one than of twice as many: a control in batches of half the size is to have other shapes.
+            count = max(1, most - -(-most // 4) * _odd(count))
         shared = shared_prefix([prompt.ids for prompt in prompts])
         waiting = deque(
             groups([len(prompt.ids) - shared for prompt in prompts], count, self.max_length - shared, PARTS)
@@ -216,9 +220,14 @@ class NativeEngine:
     def score(self, spans: Sequence[Span]) -> Iterator[tuple[int, tuple[float, bool]]]:
         """As `Engine.score`, batch after batch."""
         lengths = [len(span.context) + len(span.continuation) - 1 for span in spans]
-        for group in groups(lengths, min(self.batch_size, max(1, len(spans))), self.max_length):
+        count = min(self.batch_size, max(1, len(spans)))
+        for group in groups(lengths, count, self.max_length):
             batch = group.members
-            ids, mask = self._left_pad([[*spans[i].context, *spans[i].continuation][:-1] for i in batch])
+            # Half a batch has other shapes also where a pass has room for one text only.
+            more = BLOCK * _odd(count) if len(batch) == 1 else 0
+            ids, mask = self._left_pad(
+                [[*spans[i].context, *spans[i].continuation][:-1] for i in batch], more
+            )
             cache = self._new_cache()
             hidden = self.model.base_model(
                 input_ids=ids,
@@ -242,13 +251,19 @@ class NativeEngine:
             greedy &= bool((logprobs.argmax(-1) == target).all())
         return nats, greedy
 
-    def _left_pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def _left_pad(self, rows: Sequence[Sequence[int]], more: int = 0) -> tuple[Tensor, Tensor]:
         width = max(map(len, rows))
+        width = max(width, min(width + more, int(self.model.config.max_position_embeddings)))
         pad = self.tokenizer.pad_token_id
         fill = self.stop_ids[0] if pad is None else int(pad)
         ids = [[fill] * (width - len(row)) + list(row) for row in rows]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+
+def _odd(count: int) -> int:
+    """1 or 0, another one for half as many."""
+    return count.bit_length() % 2
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

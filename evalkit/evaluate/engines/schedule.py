@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from evalkit.attention.cache import BLOCK
 
-# Tokens of one prefill for each sequence that decodes: a batch size fixes both shapes, and half of it halves both.
+# Tokens of one prefill for each sequence that decodes: a batch size fixes both shapes, and half of it halves both, down
+# to one prompt a pass.
 PREFILL_TOKENS_PER_SEQUENCE = 256
 SHORTEST_SHARED_PREFIX = 4 * BLOCK
 
