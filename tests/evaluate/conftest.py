@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -102,3 +107,19 @@ def ask():
         ]
 
     return requests
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory):
+    """What starts a worker of vLLM's stand-in at once: see warm.py."""
+    folder, program = tmp_path_factory.mktemp("warm"), Path(__file__).parent / "warm.py"
+    socket, python = folder / "socket", folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {program} ask {socket} "$@"\n')
+    python.chmod(0o755)
+    serve = [sys.executable, str(program), "serve", str(socket)]
+    path = {"PYTHONPATH": str(Path(evalkit.__file__).parents[1])}
+    with subprocess.Popen(
+        serve, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | path
+    ) as server:
+        assert server.stdout.readline() == b"ready\n"
+        yield python

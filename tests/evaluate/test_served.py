@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import threading
 from pathlib import Path
 
@@ -83,12 +82,12 @@ def answered(run, *arms):
 
 
 @pytest.fixture(scope="module")
-def run(stand_in, settings, tmp_path_factory):
+def run(stand_in, settings, tmp_path_factory, warm_python):
     """Two candidates, each started twice, on two GPUs, vLLM being in an environment of its own."""
     folder = tmp_path_factory.mktemp("vllm")
     python = folder / "python"
     python.write_text(
-        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $(date +%s.%N) ${{PYTHONPATH%%:*}}" >> {folder}/starts\nexec {sys.executable} "$@"\n'
+        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $(date +%s.%N) ${{PYTHONPATH%%:*}}" >> {folder}/starts\nexec {warm_python} "$@"\n'
     )
     python.chmod(0o755)
     return tasks(
@@ -176,7 +175,9 @@ def test_a_run_goes_on_from_the_answers_that_are_there(run, stand_in, tmp_path):
     assert timeless(read_samples(stopped)) == timeless(read_samples(run.path))
 
 
-def test_a_worker_that_dies_and_shares_of_the_documents_change_no_answer(run, stand_in, settings, tmp_path):
+def test_a_worker_that_dies_and_shares_of_the_documents_change_no_answer(
+    run, stand_in, settings, tmp_path, warm_python
+):
     """Two engines a candidate take a document each; one of them dies once."""
     with pytest.MonkeyPatch.context() as patch:
         script = {"die_at": 3, "once": str(tmp_path / "died")}
@@ -187,6 +188,7 @@ def test_a_worker_that_dies_and_shares_of_the_documents_change_no_answer(run, st
             engine="vllm",
             candidates=BASELINE,
             engine_starts="1",
+            engine_python=str(warm_python),
             data_parallel="2",
         )
     assert (tmp_path / "died").exists()
@@ -308,4 +310,4 @@ def test_servers_are_asked_in_their_candidates_order_and_layers_are_said_to_be_u
     # The control asks the baseline's server the same once more, and nobody asks anything twice.
     assert (len(bf16.asked), len(fp8.asked)) == (2 * DOCUMENTS, DOCUMENTS)
     sample = only(read_samples(run.path), SampleRecord)[0]
-    assert sample.generated_text == "so it goe", "cut at max_gen_toks"
+    assert sample.generated_text == "so it goes"

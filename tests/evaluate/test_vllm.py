@@ -22,18 +22,20 @@ LENGTH = 256
 
 
 @pytest.fixture
-def start(checkpoint, tmp_path, monkeypatch):
+def start(checkpoint, tmp_path, monkeypatch, warm_python):
     """An engine of the stand-in; `script` says what goes wrong in it."""
     engines = []
     monkeypatch.setenv("PYTHONPATH", STAND_IN)
 
     def started(candidate="bf16@flashmla", version="0.25.1", script=None, folder="engine", **options):
         logprobs = options.pop("logprobs", None)
+        python = options.pop("python", warm_python)
         engine = VllmEngine(
             launch(checkpoint, candidate, max_length=LENGTH, **options),
             tmp_path / folder,
             logprobs=logprobs,
             environment={"STAND_IN_VERSION": version, "STAND_IN_SCRIPT": json.dumps(script or {})},
+            python=python,
         )
         engines.append(engine)
         return engine
@@ -69,7 +71,7 @@ def test_it_answers_and_scores_as_this_projects_own_engine(start, prompts, nativ
     # A stop string in the middle of what it writes anyway.
     text = tokenizer.decode(wanted[1].ids)
     stopping = Prompt(label=Label("some_task", 9), ids=prompts[1].ids, max_new=9, until=[text[3:5]])
-    engine = start(logprobs=2)
+    engine = start(logprobs=2, python=None)  # a process of its own, as ever
     found = dict(engine.generate([*prompts, stopping]))
     wanted[3] = next(native.generate([stopping]))[1]
     assert {place: list(answer.ids) for place, answer in found.items()} == {

@@ -122,8 +122,8 @@ class VllmEngine:
 
         What is generated after the first token reads them always.
         """
-        proof = self.proof or self.start()
-        if self.launch.force_stored or not proof.get("dense_prefill_tokens"):
+        proof = {} if self.launch.force_stored else self.proof or self.start()
+        if not proof.get("dense_prefill_tokens"):
             return True
         if isinstance(request, Prompt):
             return bool(request.max_new > 1 or len(request.ids) > proof["dense_prefill_tokens"])
