@@ -140,6 +140,27 @@ def test_gathered_rows_give_what_the_union_of_rows_gives(monkeypatch: pytest.Mon
     assert gathered[0][7].isnan().any()
 
 
+@pytest.mark.parametrize("column", [7, 570])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38])
+def test_bf16_queries_over_a_row_that_bf16_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, value: float, column: int
+) -> None:
+    """In latent or rope, beside rows that take several bf16 terms; 3.4e38 rounds to infinity."""
+    draw = torch.Generator().manual_seed(9)
+    query = (torch.randn(20, 3, 576, generator=draw) * 1e-3).bfloat16()
+    query[..., 570] = -query[..., 570].abs() * 1e-34  # a weight of nearly one, or of zero
+    keys = torch.randn(60, 576, generator=draw)
+    indices = torch.stack([torch.randperm(60, generator=draw)[:8] for _ in range(20)]).int()
+    keys[int(indices[0, 3]), column] = value
+    exact, parts = reference.Reference(), (query[..., :512], query[..., 512:], keys[:, :512], keys[:, 512:])
+    monkeypatch.setitem(reference.GATHERS_OVER, "cpu", 1000)
+    whole = exact.attend_rows(*parts, indices, 0.1)
+    monkeypatch.setitem(reference.GATHERS_OVER, "cpu", 0)
+    gathered = exact.attend_rows(*parts, indices, 0.1)
+    for got, wanted in zip(gathered, whole, strict=True):
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
 @pytest.mark.parametrize("stored", ["in bf16", "in float32"])
 def test_bf16_queries_over_gathered_rows_are_exact(monkeypatch: pytest.MonkeyPatch, stored: str) -> None:
     """As sums of bf16 terms, rows and weights keep float32's bits."""

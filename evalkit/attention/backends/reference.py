@@ -168,9 +168,13 @@ def _weigh(scores: Tensor, numbers: Tensor, sm_scale: float, narrow: bool) -> tu
 
 def _terms(x: Tensor, count: int) -> list[Tensor]:
     """bf16 tensors whose sum is x, largest first: all of float32's bits in three."""
-    found = [x.bfloat16()]
+    if count == 1:
+        return [x.bfloat16()]
+    # Rounding takes the largest float32 numbers to infinity, and nothing is left of an infinity: inf - inf is NaN.
+    finite, most = x.isfinite(), torch.finfo(torch.bfloat16).max
+    found = [x.clamp(-most, most).where(finite, x).bfloat16()]
     while len(found) < count:
-        x = x - found[-1]
+        x = (x - found[-1]).where(finite, 0.0)
         found.append(x.bfloat16())
     return found
 
