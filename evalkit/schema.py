@@ -392,6 +392,11 @@ class TaskRecord(Record):
     share_over_topk: float | None
     share_stored_rows: float | None
 
+    @property
+    def again(self) -> bool:
+        """Whether the candidate is its baseline once more, on an engine that was started afresh."""
+        return self.candidate.startswith(f"{self.baseline}, start ")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRecord(Record):

@@ -17,6 +17,7 @@ from evalkit.gate.losses import Compared, check_losses
 from evalkit.gate.policy import Policy
 from evalkit.gate.scope import check_comparable, check_scope
 from evalkit.gate.sensitivity import check_baseline, check_coverage, check_damage
+from evalkit.gate.starts import check_starts
 from evalkit.gate.versions import check_itself
 from evalkit.gate.words import Check, Verdict, overall
 from evalkit.records import CandidateRecord, RunDirectory, VerdictRecord, only
@@ -122,6 +123,7 @@ def _checks(
     yield from check_limits(run.records, candidate, policy, today)
     for endpoint in policy.endpoints:
         yield from check_coverage(run, candidate.candidate, endpoint, policy)
+        yield from check_starts(run, candidate.candidate, endpoint)
     compared: list[Compared] = []
     for baseline in baselines:
         yield from _compare(run, other, candidate, baseline, policy, compared)

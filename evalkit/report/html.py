@@ -72,6 +72,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
                 tables.verdicts(records),
                 tables.candidates(records),
                 tables.tasks(records),
+                tables.starts(records),
                 answers(records),
             )
             if table.rows

@@ -34,6 +34,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         tables.candidates,
         tables.layers,
         tables.tasks,
+        tables.starts,
         answers,
         tables.scoring,
         tables.tokens,

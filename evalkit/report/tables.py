@@ -303,7 +303,48 @@ def tasks(records: Sequence[Record]) -> Table:
                 NA if r.mcnemar_p is None else f"{r.mcnemar_p:.3g}",
             )
             for r in sorted(_ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
+            if not r.again
         ),
+        text_columns=2,
+    )  # fmt: skip
+
+
+def starts(records: Sequence[Record]) -> Table:
+    """How far fresh starts of one serving engine lie apart."""
+    found = _ordered(records, only(records, TaskRecord))
+    again: dict[tuple[str, str, str, str], list[TaskRecord]] = {}
+    for r in found:
+        if r.again:
+            again.setdefault((r.task, r.baseline, r.metric, r.filter), []).append(r)
+    rows = []
+    for (task, candidate, metric, filter_), others in again.items():
+        (first,) = (
+            r
+            for r in found
+            if (r.task, r.candidate, r.metric, r.filter) == (task, candidate, metric, filter_)
+        )
+        scores = [first.score, *(r.score for r in others)]
+        otherwise = ", ".join(str((r.lost or 0) + (r.gained or 0)) for r in others)
+        rows.append(
+            (
+                task,
+                candidate,
+                f"{first.n:,}",
+                str(len(scores)),
+                f"{share(min(scores))} to {share(max(scores))}",
+                f"{100 * (max(scores) - min(scores)):.1f}",
+                otherwise,
+            )
+        )
+    return Table(
+        key="starts",
+        title="Fresh starts",
+        caption=(
+            "Each candidate on engines that were started afresh, on the same documents: what batching and start order leave. Every "
+            "other table counts the first start; the last column is how many documents each later one scores otherwise."
+        ),
+        columns=("task", "candidate", "n", "starts", "scores", "spread, points", "otherwise"),
+        rows=tuple(rows),
         text_columns=2,
     )  # fmt: skip
 

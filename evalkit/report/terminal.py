@@ -30,6 +30,7 @@ def show(run: Path, console: Console | None = None) -> None:
         tables.candidates(records),
         tables.layers(records),
         tables.tasks(records),
+        tables.starts(records),
         answers(records, brief=True),
     ):
         if table.rows:

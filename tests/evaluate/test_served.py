@@ -26,6 +26,7 @@ from evalkit.records import (
     read_samples,
     to_line,
 )
+from evalkit.report import tables
 from tests.conftest import random_model
 from tests.evaluate.test_endpoint import Server
 
@@ -138,6 +139,14 @@ def test_candidates_are_paired_with_the_baseline_and_starts_with_their_first(run
     assert {r.n for r in records} == {DOCUMENTS}
     assert all(r.wall_s > 0.1 for r in records), "the time that fetching took counts"
     assert {r.share_stored_rows for r in records} == {1.0}
+
+
+def test_the_spread_over_starts_is_a_table_of_its_own(run):
+    rows = tables.starts(run.read()).rows
+    assert [(row[1], row[3], row[-1]) for row in rows] == [(BASELINE, "2", "0"), (OTHER, "2", "0")]
+    assert [row[1] for row in tables.tasks(run.read()).rows] == [BASELINE, OTHER]
+    assert "Fresh starts" in (run.path / "report.html").read_text()
+    assert "## Fresh starts" in (run.path / "summary.md").read_text()
 
 
 def test_engines_run_side_by_side_on_the_gpus_that_are_named(run):
