@@ -6,11 +6,13 @@ Answers are fetched first, one engine for each arm, as many at once as GPUs have
 
 from __future__ import annotations
 
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -85,6 +87,12 @@ class Served(ABC):
 
     def arms(self, damage: float | None) -> list[Arm]:
         """As of this project's own engine; but rows of a serving engine cannot be damaged."""
+        if damage is not None:
+            print(
+                f"engine {self.config.engine}: no damage can be planted in its rows, so the gate will find sensitivity "
+                "INCONCLUSIVE",
+                file=sys.stderr,
+            )
         return arms_of(self.candidates, self.batch_size, self.config.task_documents, None)
 
     @contextmanager
@@ -102,29 +110,18 @@ class Served(ABC):
 
     def fetch(self, arms: Sequence[Arm], run: Path) -> None:
         """Ask every arm's engine all that tasks will ask, side by side where there is room."""
-        rooms: SimpleQueue[list[Gpus]] = SimpleQueue()
+        free: SimpleQueue[list[Gpus]] = SimpleQueue()
         for room in self.rooms():
-            rooms.put(room)
-        held: list[Any] = []
+            free.put(room)
 
-        def fetch(arm: Arm) -> None:
-            room = rooms.get()
+        def fetch(arm: Arm, held: list[Any]) -> None:
+            room = free.get()
             try:
                 self._fetch(arm, _folder(run, arm), room, held)
             finally:
-                rooms.put(room)
+                free.put(room)
 
-        with ThreadPoolExecutor(rooms.qsize()) as pool:
-            futures = [pool.submit(fetch, arm) for arm in arms]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                for engine in held.copy():  # their threads wait for answers
-                    engine.close()
-                raise
+        _at_once(free.qsize(), [partial(fetch, arm) for arm in arms])
 
     def _fetch(self, arm: Arm, folder: Path, room: Sequence[Gpus], held: list[Any]) -> None:
         engines = [
@@ -135,26 +132,44 @@ class Served(ABC):
         try:
             for task in self.asked.tasks:
                 began = time.perf_counter()
-                with ThreadPoolExecutor(len(engines)) as pool:
-                    for done in [
-                        pool.submit(self._ask, engine, task, share, len(engines))
-                        for share, engine in enumerate(engines)
-                    ]:
-                        done.result()
+                shares = [
+                    partial(self._ask, engine, task, slice(share, None, len(engines)))
+                    for share, engine in enumerate(engines)
+                ]
+                _at_once(len(shares), shares, held)
                 self._seconds[arm.name, task] = time.perf_counter() - began
             for other in engines[1:]:
                 engines[0].adopt(other)
         finally:
             for engine in engines:
                 engine.close()
-                held.remove(engine)
 
-    def _ask(self, engine: Any, task: str, share: int, of: int) -> None:
+    def _ask(self, engine: Any, task: str, share: slice, held: list[Any]) -> None:
         """Which documents are whose does not depend on what is answered."""
-        for _ in engine.generate(self.asked.prompts.get(task, [])[share::of]):
+        for _ in engine.generate(self.asked.prompts.get(task, [])[share]):
             pass
-        for _ in engine.score(self.asked.spans.get(task, [])[share::of]):
+        for _ in engine.score(self.asked.spans.get(task, [])[share]):
             pass
+
+
+def _at_once(count: int, tasks: Sequence[Callable[[list[Any]], None]], held: list[Any] | None = None) -> None:
+    """Do all, `count` at a time; each is given the list of engines to close where one of them, or who waits, fails."""
+    held = [] if held is None else held
+    if count == 1:
+        for task in tasks:
+            task(held)
+        return
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(task, held) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for engine in held.copy():  # its thread waits for answers
+                engine.close()
+            raise
 
 
 def refuse_unserved(config: RunConfig) -> None:
