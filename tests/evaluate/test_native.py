@@ -102,6 +102,17 @@ def test_a_beginning_that_all_share_changes_no_answer(engine, monkeypatch):
     assert all(width > 320 for _, width in filled)
 
 
+def test_planted_noise_is_each_documents_own_also_in_a_beginning_that_all_share(engine, monkeypatch):
+    made = []
+    begin = Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *given: (made.append(self), begin(self, *given))[1])
+    answers(engine(damage=0.3), asked(3, beginning=[7, 8, 9, 10] * 85))
+    layer = made[0]._cache.layers[0]
+    latents = [layer.format.load(layer.rows, slots[:320], Scales())[0] for slots in made[0]._ragged._slots]
+    assert all(latent.abs().sum() > 0 for latent in latents)
+    assert not any(torch.equal(latents[a], latents[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_candidates_do_not_change_each_others_answers(engine, checkpoint):
     """Each alone in a model of its own, and all in turn on one, in both orders."""
     requests = asked(5)

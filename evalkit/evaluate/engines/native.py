@@ -109,7 +109,7 @@ class NativeEngine:
         damage: float = 0.0,
         graphs: bool = True,
     ) -> None:
-        self.model, self.batch_size, self._graphs = model, batch_size, graphs
+        self.model, self.batch_size, self._damage, self._graphs = model, batch_size, damage, graphs
         self._new_cache: Callable[[], Cache | None]
         if hasattr(model, "evalkit"):
             self._new_cache = partial(model.evalkit.new_cache, candidate, scales)
@@ -167,7 +167,8 @@ class NativeEngine:
         if count > most:
             # Fewer of one than of twice as many: a control in batches of half the size is to have other shapes.
             count = max(1, most - -(-most // 4) * _odd(count))
-        shared = shared_prefix([prompt.ids for prompt in prompts])
+        # Noise in a beginning that all share would be one draw for all documents, which are to be independent.
+        shared = 0 if self._damage else shared_prefix([prompt.ids for prompt in prompts])
         waiting = deque(
             groups([len(prompt.ids) - shared for prompt in prompts], count, self.max_length - shared, PARTS)
         )
