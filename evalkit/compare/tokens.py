@@ -221,7 +221,10 @@ class TokenAccumulator:
         )
 
     def _interval(self, documents: int) -> tuple[float | None, float | None, str]:
-        """Of the mean over tokens: documents are drawn, each with the weight of its tokens."""
+        """Of the mean over tokens: documents are drawn, each with the weight of its tokens.
+
+        That lengths differ widens it: it covers more than it says, where the ratio's own would cover less.
+        """
         sums = torch.stack([part.sum() for part in self.by_document("kl")]) * (documents / self.n)
         found = bootstrap_mean(sums.numpy())
         if found is None:
