@@ -244,7 +244,9 @@ def test_cells_of_two_plans_make_no_summary(known: tuple[Path, Path], tmp_path: 
     made = plan.load(known[1])
     judged = policies.load(Path(made.policy))
     last = summary.arm(made, judged, CANDIDATE, made.noise[-1], list(made.all_seeds), out)[-1]
-    a_cell(last.wanted, last.outcomes, last.facts | {"plan_sha256": "0" * 64}, last.questions_sha256).save(out)
+    a_cell(last.wanted, last.outcomes, last.facts | {"plan_sha256": "0" * 64}, last.questions_sha256).save(
+        out
+    )
     with pytest.raises(InputError, match="under 2 versions of the plan"):
         summary.summarise(made, judged, out)
 
@@ -264,7 +266,9 @@ def test_damage_that_is_not_found_makes_no_sample_count(known: tuple[Path, Path]
     """Assay sensitivity is the gate's own: without it the controls are INCONCLUSIVE."""
     out, path = known
     made, judged = plan.load(path), policies.load(policy)
-    before, planted = (summary.arm(made, judged, BASELINE, x, made.all_seeds[:1], out)[0] for x in (0.0, NOISE))
+    before, planted = (
+        summary.arm(made, judged, BASELINE, x, made.all_seeds[:1], out)[0] for x in (0.0, NOISE)
+    )
     (after,) = summary.arm(made, judged, CANDIDATE, 0.0, made.all_seeds[:1], out)
     shared = runs.find_frame(out)
     assert runs.verdict(shared, judged, before, after, planted)[0].verdict == "NON-INFERIOR"
