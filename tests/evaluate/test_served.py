@@ -82,15 +82,20 @@ def answered(run, *arms):
     ]
 
 
+def counting(folder, python):
+    """An interpreter that writes a line of each start to `folder / "starts"`."""
+    counts = folder / "python"
+    line = '"$CUDA_VISIBLE_DEVICES $(date +%s.%N) ${PYTHONPATH%%:*}"'
+    counts.write_text(f'#!/bin/sh\necho {line} >> {folder}/starts\nexec {python} "$@"\n')
+    counts.chmod(0o755)
+    return counts
+
+
 @pytest.fixture(scope="module")
 def run(stand_in, settings, tmp_path_factory, warm_python):
     """Two candidates, each started twice, on two GPUs, vLLM being in an environment of its own."""
     folder = tmp_path_factory.mktemp("vllm")
-    python = folder / "python"
-    python.write_text(
-        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $(date +%s.%N) ${{PYTHONPATH%%:*}}" >> {folder}/starts\nexec {warm_python} "$@"\n'
-    )
-    python.chmod(0o755)
+    python = counting(folder, warm_python)
     return tasks(
         folder / "runs",
         settings,
@@ -197,10 +202,11 @@ def test_a_worker_that_dies_and_shares_of_the_documents_change_no_answer(
             engine="vllm",
             candidates=BASELINE,
             engine_starts="1",
-            engine_python=str(warm_python),
+            engine_python=str(counting(tmp_path, warm_python)),
             data_parallel="2",
         )
     assert (tmp_path / "died").exists()
+    assert len((tmp_path / "starts").read_text().splitlines()) == 2 * 2 + 1, "scoring starts none"
     assert answered(alone, CONTROL, BASELINE) == answered(run, CONTROL, BASELINE)
     shares = [alone.path / "engines" / BASELINE / name / ANSWERS for name in ("", "share-1")]
     assert [len(path.read_text().splitlines()) - 1 for path in shares] == [DOCUMENTS, 1]
