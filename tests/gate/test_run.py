@@ -57,9 +57,11 @@ def test_the_policy_is_stored_before_anything_is_scored(run: Path, config: RunCo
 
 
 def test_damage_is_planted_into_the_baseline_on_the_same_documents(run: Path, config: RunConfig):
+    assert config.policy is not None
+    noise = load(config.policy).damage.noise
     evidence = Evidence.read(run)
-    whole, arm = evidence.damaged(0.3)
-    assert (whole, arm) == ("bf16@reference", damage_arm("bf16@reference", 0.3))
+    whole, arm = evidence.damaged(noise)
+    assert (whole, arm) == ("bf16@reference", damage_arm("bf16@reference", noise))
     prompts = [
         [s.prompt_sha256 for s in evidence.samples if s.candidate == name]
         for name in (whole, arm, "fp8_ds_mla@reference")
