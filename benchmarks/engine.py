@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lm_eval.models.utils import postprocess_generated_text
@@ -240,11 +241,8 @@ def spending(device: torch.device) -> Iterator[dict[str, float]]:
         spent["step_s"] += time.perf_counter() - before
         return tokens
 
-    Decoder.fill, Decoder.steps = timed_fill, timed_steps  # type: ignore[method-assign]
-    try:
+    with patch.multiple(Decoder, fill=timed_fill, steps=timed_steps):
         yield spent
-    finally:
-        Decoder.fill, Decoder.steps = fill, steps  # type: ignore[method-assign]
 
 
 def warm_up(lm: EvalkitLM, requests: Sequence[Any]) -> None:

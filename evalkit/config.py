@@ -289,8 +289,8 @@ def _value(key: str, raw: object, where: str) -> Any:
             return raw
         if option in (str, int, bool) and type(raw) is option:
             return raw
-        if option is float and type(raw) in (int, float):
-            return float(raw)  # type: ignore[arg-type]
+        if option is float and isinstance(raw, (int, float)) and not isinstance(raw, bool):
+            return float(raw)
     raise InputError(f"{where}: {key} is {raw!r}: it takes {_takes(key)}")
 
 

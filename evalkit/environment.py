@@ -1,6 +1,7 @@
 """Where a run happens: versions, hardware, numerics switches, and the checkpoint's hash."""
 
 import hashlib
+import importlib.util
 import platform
 import shlex
 import subprocess
@@ -137,3 +138,8 @@ def _commit() -> str | None:
     except FileNotFoundError:
         return None
     return found.stdout.strip() if found.returncode == 0 and tracked.returncode == 0 else None
+
+
+def has_triton() -> bool:
+    """Whether the package triton is installed: what is written in it is imported only then."""
+    return importlib.util.find_spec("triton") is not None

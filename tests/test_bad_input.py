@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evalkit import cli, pipeline
+from evalkit import cli, pipeline, prepare
 from evalkit.config import RunConfig
 from evalkit.model.load import EMBEDDED
 from evalkit.records import RunDirectory
@@ -76,7 +76,7 @@ def begun(checkpoint: Path, tmp_path: Path) -> Path:
         checkpoint=str(checkpoint)
     )
     directory = RunDirectory.create(tmp_path / "runs", "begun", config.to_json(), "evalkit run")
-    pipeline.describe(directory, pipeline.prepare(config))
+    pipeline.describe(directory, prepare.prepare(config))
     return directory.path
 
 

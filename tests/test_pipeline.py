@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from evalkit import cli, pipeline
+from evalkit import cli, pipeline, prepare
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS, calibration_documents
@@ -240,7 +240,7 @@ pipeline.run(RunConfig.from_json(records.RunDirectory(path).config), path)
     ],
 )
 def test_what_stores_bf16_leads_and_is_named_once(named: Any, leads: str):
-    requested = pipeline._requested(RunConfig(candidates=named))
+    requested = prepare._requested(RunConfig(candidates=named))
     assert requested[0] == leads
     assert len(requested) == len(set(requested))
 
@@ -272,9 +272,9 @@ def test_attribution_is_a_stage_of_its_own_over_the_first_tokens(config: RunConf
 def test_a_name_that_does_not_exist_is_refused_before_the_weights_are_loaded(
     candidate: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pipeline, "load", lambda *_args, **_kwargs: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(prepare, "load", lambda *_args, **_kwargs: pytest.fail("the weights were loaded"))
     with pytest.raises(InputError, match="did you mean"):
-        pipeline.prepare(RunConfig(candidates=(candidate,)))
+        prepare.prepare(RunConfig(candidates=(candidate,)))
 
 
 def test_scales_are_calibrated_on_other_documents_than_those_compared(
@@ -282,14 +282,14 @@ def test_scales_are_calibrated_on_other_documents_than_those_compared(
 ):
     """A scale fitted to the very document it is judged on would flatter the format."""
     calibrated: list[torch.Tensor] = []
-    real = pipeline.calibrate
+    real = prepare.calibrate
 
     def calibrate(model: Any, documents: Sequence[torch.Tensor], *arguments: Any) -> Any:
         calibrated.extend(documents)
         return real(model, documents, *arguments)
 
-    monkeypatch.setattr(pipeline, "calibrate", calibrate)
-    prepared = pipeline.prepare(config)
+    monkeypatch.setattr(prepare, "calibrate", calibrate)
+    prepared = prepare.prepare(config)
     assert len(calibrated) == CALIBRATION_DOCUMENTS
     compared = [document.tolist() for document in prepared.documents]
     for document in calibrated:
@@ -323,18 +323,18 @@ def encode(text: str) -> list[int]:
 def test_layers_are_compared_on_as_many_documents_as_asked_for(tmp_path: Path):
     lm: Any = SimpleNamespace(tok_encode=encode, max_length=2048)
     asked = RunConfig(layers_documents=3, layers_prompt_tokens=60, layers_decode_tokens=4)
-    documents = pipeline._documents(asked, lm)
+    documents = prepare._documents(asked, lm)
     used = [tuple(ids.tolist()) for ids in (*documents, *calibration_documents(encode, 64, asked.seed))]
     assert [len(ids) for ids in documents] == [64] * 3
     assert len(set(used)) == len(used), "scales are not fitted to what they are compared on"
 
     lines = tmp_path / "texts.jsonl"
     lines.write_text("".join(json.dumps({"text": letter * 70}) + "\n" for letter in "abc"))
-    found = pipeline._documents(asked.with_values(layers_prompts=lines), lm)
+    found = prepare._documents(asked.with_values(layers_prompts=lines), lm)
     assert [ids.unique().tolist() for ids in found] == [[97], [98], [99]]
     with pytest.raises(InputError, match="holds 3 texts, layers_documents is 4"):
-        pipeline._documents(asked.with_values(layers_prompts=lines, layers_documents=4), lm)
+        prepare._documents(asked.with_values(layers_prompts=lines, layers_documents=4), lm)
     with pytest.raises(
         InputError, match=r"texts\.jsonl, line 1 holds 70 tokens, the layer comparison takes 84"
     ):
-        pipeline._documents(asked.with_values(layers_prompts=lines, layers_prompt_tokens=80), lm)
+        prepare._documents(asked.with_values(layers_prompts=lines, layers_prompt_tokens=80), lm)

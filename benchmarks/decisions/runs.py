@@ -8,7 +8,6 @@ into the candidate's rows without the gate being told: it meets them under the c
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,19 +15,17 @@ from benchmarks.decisions import cells
 from benchmarks.decisions.cells import Cell
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
+from evalkit.evaluate.tasks import task_records
 from evalkit.gate.policy import Policy
 from evalkit.gate.verdict import Judged, Judgement, judge
 from evalkit.records import (
     CandidateRecord,
     PolicyRecord,
-    Record,
     RunDirectory,
     SampleRecord,
     StageRecord,
-    TaskRecord,
     only,
 )
-from evalkit.stats import paired
 
 LAYERS_TOKENS = 600
 
@@ -39,13 +36,13 @@ def frame(out: Path, policy: Policy, config: RunConfig) -> RunDirectory:
     Raises:
         InputError: the one that is there stored another policy.
     """
-    from evalkit import pipeline
+    from evalkit import pipeline, prepare
 
     folder = out / "frame"
     there = sorted(folder.glob("*/run.json"))
     directory = RunDirectory(there[-1].parent) if there else None
     if directory is None or not directory.done("layers"):
-        prepared = pipeline.prepare(config.with_values(out=folder, stages=("layers",), tasks=()))
+        prepared = prepare.prepare(config.with_values(out=folder, stages=("layers",), tasks=()))
         if directory is None:
             directory = RunDirectory.create(folder, "decisions", prepared.config.to_json(), "decisions")
         pipeline.describe(directory, prepared)
@@ -103,7 +100,18 @@ def verdict(
             pass
         for samples, cell in answered:
             with run.stage(f"tasks {samples[0].candidate}") as write:
-                for record in (*samples, *_task_records(answered[0][0], samples, cell)):
+                for sample in samples:
+                    write.write(sample)
+                for record in task_records(
+                    samples[0].candidate,
+                    answered[0][0][0].candidate,
+                    answered[0][0],
+                    samples,
+                    wall_s=cell.wall_s,
+                    mean_context_tokens=cell.mean_context_tokens,
+                    share_over_topk=cell.share_over_topk,
+                    share_stored_rows=cell.share_stored_rows,
+                ):
                     write.write(record)
         judgement = judge(run.path, policy)
     (judged,) = judgement.candidates
@@ -129,34 +137,3 @@ def _config(shared: RunDirectory, cell: Cell) -> dict[str, object]:
         "batch_size": wanted.batch_size,
         "seed": wanted.seed,
     }
-
-
-def _task_records(
-    baseline: Sequence[SampleRecord], scored: Sequence[SampleRecord], cell: Cell
-) -> Iterator[Record]:
-    """As a run records a task: the loss, and how much of it could have shown."""
-    for found in paired.compare(baseline, scored):
-        score, loss = found.score_interval, found.loss_interval
-        yield TaskRecord(
-            candidate=scored[0].candidate,
-            baseline=baseline[0].candidate,
-            task=found.endpoint.task,
-            metric=found.endpoint.metric,
-            filter=found.endpoint.filter,
-            n=found.n,
-            score=found.score,
-            score_lower=None if score is None else score.lower,
-            score_upper=None if score is None else score.upper,
-            baseline_score=found.baseline_score,
-            loss=found.loss,
-            loss_lower=None if loss is None else loss.lower,
-            loss_upper=None if loss is None else loss.upper,
-            interval_method=found.interval_method,
-            lost=found.lost,
-            gained=found.gained,
-            mcnemar_p=found.mcnemar_p,
-            wall_s=cell.wall_s,
-            mean_context_tokens=cell.mean_context_tokens,
-            share_over_topk=cell.share_over_topk,
-            share_stored_rows=cell.share_stored_rows,
-        )

@@ -2,8 +2,8 @@
 
 Percentiles of the absolute error come from a histogram over the bit patterns of float32: 16 bins an octave
 over its whole range, so a percentile is within 3.2 % of the true one, is the same in every order of adding,
-and an accumulator's memory does not grow with what it has seen. Of tokens with 8,192 values or more it counts a
-half to a sixteenth or less, 4,096 values of each token at least, others in each: see `sums.period`.
+and an accumulator's memory does not grow with what it has seen. Of a long token (more than 7,936 values)
+it counts some blocks only, about 4,096 values at least, other ones in each token: see `sums.period`.
 """
 
 from __future__ import annotations

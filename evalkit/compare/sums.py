@@ -5,13 +5,14 @@ In torch a chunk of rows at a time, which passes over it a dozen times; on an NV
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+
+from evalkit.environment import has_triton
 
 MANTISSA_SHIFT: Final = 19  # keeps a float32's exponent and the first four bits of its mantissa
 BINS: Final = 1 << (31 - MANTISSA_SHIFT)
@@ -54,7 +55,7 @@ def sums_of(got: Tensor, ref: Tensor, keep: Tensor | None, first: int) -> Iterat
         got, ref: any float type. keep: bool [T, V], what counts; None is everything.
         first: the number of the first row's token.
     """
-    if got.is_cuda and importlib.util.find_spec("triton") is not None:
+    if got.is_cuda and has_triton():
         with torch.cuda.device_of(got):
             yield slice(0, len(ref)), launch(got, ref, keep, first)
         return

@@ -21,7 +21,8 @@ import evalkit
 from evalkit.errors import InputError
 from evalkit.evaluate.lm import Coverage, EvalkitLM
 from evalkit.evaluate.transcripts import transcript
-from evalkit.records import SampleRecord
+from evalkit.records import SampleRecord, TaskRecord
+from evalkit.stats import paired
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -61,6 +62,49 @@ class TaskRun:
         """Share of scored tokens whose attention read stored rows."""
         scored = sum(span.scored_tokens for span in self.coverage)
         return sum(span.scored_tokens for span in self.coverage if span.stored) / scored if scored else None
+
+
+def task_records(
+    candidate: str,
+    baseline: str,
+    before: Sequence[SampleRecord],
+    scored: Sequence[SampleRecord],
+    *,
+    wall_s: float,
+    mean_context_tokens: float | None,
+    share_over_topk: float | None,
+    share_stored_rows: float | None,
+) -> Iterator[TaskRecord]:
+    """One task's samples against the baseline's on the same documents: a record for each metric and filter.
+
+    Raises:
+        PairingError: a document is on one side only, or twice.
+    """
+    for found in paired.compare(before, scored):
+        score, loss = found.score_interval, found.loss_interval
+        yield TaskRecord(
+            candidate=candidate,
+            baseline=baseline,
+            task=found.endpoint.task,
+            metric=found.endpoint.metric,
+            filter=found.endpoint.filter,
+            n=found.n,
+            score=found.score,
+            score_lower=None if score is None else score.lower,
+            score_upper=None if score is None else score.upper,
+            baseline_score=found.baseline_score,
+            loss=found.loss,
+            loss_lower=None if loss is None else loss.lower,
+            loss_upper=None if loss is None else loss.upper,
+            interval_method=found.interval_method,
+            lost=found.lost,
+            gained=found.gained,
+            mcnemar_p=found.mcnemar_p,
+            wall_s=wall_s,
+            mean_context_tokens=mean_context_tokens,
+            share_over_topk=share_over_topk,
+            share_stored_rows=share_stored_rows,
+        )
 
 
 def tasks_dir() -> Path:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from evalkit.environment import has_triton
 from evalkit.errors import InputError
 from evalkit.kv.e4m3 import E4M3_MAX
 
@@ -22,13 +21,12 @@ def dequantise(codes: Tensor, scale: Tensor, block: tuple[int, int], out: Tensor
         block: its rows and columns.
         out: [N, K], any float dtype, the same device.
     """
-    if codes.is_cuda and importlib.util.find_spec("triton") is not None:
+    if codes.is_cuda and codes.is_contiguous() and out.is_contiguous() and has_triton():
         from evalkit.model import fp8_kernel
 
-        if codes.is_contiguous() and out.is_contiguous():
-            with torch.cuda.device_of(codes):
-                fp8_kernel.multiply(codes, scale.float().contiguous(), block, out)
-            return
+        with torch.cuda.device_of(codes):
+            fp8_kernel.multiply(codes, scale.float().contiguous(), block, out)
+        return
     rows = scale.float().repeat_interleave(block[0], 0)[: codes.shape[0]]  # [N, ceil(K / block)]
     product = codes.float()
     if codes.shape[1] % block[1] == 0:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +22,7 @@ from evalkit.kv import Scales
 from evalkit.kv.e4m3 import to_e4m3
 from evalkit.model.load import graft
 from evalkit.records import LayerRecord
+from tests.interpreter import interpret
 
 SM_SCALE = 192**-0.5
 SCALES = Scales(latent=0.0123, rope=0.0123, query=0.037)
@@ -305,18 +302,7 @@ def test_a_model_runs_on_it_and_its_rounding_is_the_kernel_gap(make_model: Any) 
 
 
 def test_the_triton_kernel_agrees_with_torch_under_its_interpreter() -> None:
-    """In a process of its own: Triton decides at its import whether it interprets."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the package triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.attention.sm100_triton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret("tests.attention.sm100_triton")
 
 
 @pytest.fixture

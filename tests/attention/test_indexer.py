@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +9,7 @@ from torch import Tensor
 from evalkit.attention.indexer import SCORERS, choose, index_scores, kernel_for
 from evalkit.attention.selection import select
 from evalkit.kv import index
+from tests.interpreter import interpret
 
 INF = torch.inf
 CPU = torch.device("cpu")
@@ -97,18 +92,7 @@ def test_deepgemm_is_not_asked_for_heads_that_it_refuses(heads: int) -> None:
 
 
 def test_the_triton_kernel_agrees_with_torch_under_its_interpreter() -> None:
-    """In a process of its own: Triton decides at its import whether it interprets."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the package triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.attention.interpreted"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret("tests.attention.interpreted")
 
 
 @pytest.fixture(params=["deepgemm", "triton"])

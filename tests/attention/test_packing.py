@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,21 +10,11 @@ from torch import Tensor
 
 from evalkit import kv
 from evalkit.kv import ReadScale, Scales
+from tests.interpreter import interpret
 
 
 def test_the_kernels_agree_with_torch_under_tritons_interpreter() -> None:
-    """In a process of its own: Triton decides at its import whether it interprets."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the package triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.attention.packing_triton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret("tests.attention.packing_triton")
 
 
 @pytest.mark.gpu

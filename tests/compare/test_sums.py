@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from evalkit.compare.metrics import Accumulator
+from tests.interpreter import interpret
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_kernel_adds_what_torch_adds_where_triton_is_interpreted() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.compare.sums_triton"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    interpret("tests.compare.sums_triton")
 
 
 @pytest.mark.gpu

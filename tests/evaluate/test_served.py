@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evalkit import cli, pipeline
+from evalkit import cli, pipeline, prepare
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.engines import on_vllm
@@ -253,7 +253,7 @@ def test_an_engine_that_cannot_start_ends_the_run_in_one_line(stand_in, settings
 def test_what_an_engine_cannot_do_is_refused_before_anything_is_written(settings, more, refused, tmp_path):
     given = {"out": str(tmp_path / "runs"), "stages": "tasks"} | settings | more
     with pytest.raises(InputError) as error:
-        pipeline.prepare(RunConfig.load(None, [f"{key}={value}" for key, value in given.items()]))
+        prepare.prepare(RunConfig.load(None, [f"{key}={value}" for key, value in given.items()]))
     assert refused in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.interpreter import interpret
+
 
 def test_the_kernel_multiplies_as_torch_under_tritons_interpreter() -> None:
-    """In a process of its own: Triton decides at its import whether it interprets."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("the package triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.model.fp8_triton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    interpret("tests.model.fp8_triton")
 
 
 @pytest.mark.gpu

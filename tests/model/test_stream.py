@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evalkit
-from evalkit import cli, pipeline
+from evalkit import cli, pipeline, prepare
 from evalkit.candidate import Candidate
 from evalkit.compare import noise
 from evalkit.compare.layers import LayerStream, calibrate, compare
@@ -297,9 +297,9 @@ def test_tasks_and_profiles_of_a_streamed_checkpoint_are_refused(
     config = config_of(checkpoints["deepseek_v32"], tmp_path, stream=True)
     tasks = config.with_values(stages=("layers", "tasks"), tasks=("evalkit_needle_1024",))
     with pytest.raises(InputError, match="is streamed, one layer's weights at a time: tasks take them all"):
-        pipeline.prepare(tasks)
+        prepare.prepare(tasks)
     with pytest.raises(InputError, match="profile"):
-        pipeline.prepare(config.with_values(profile="glm-5.2"))
+        prepare.prepare(config.with_values(profile="glm-5.2"))
 
 
 def compared(run: RunDirectory) -> list[str]:

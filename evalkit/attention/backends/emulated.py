@@ -13,14 +13,13 @@ None of it has been compared with an SM100 GPU.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from evalkit.attention.backends.base import Backend, backends
 from evalkit.attention.backends.sm100 import arithmetic, trtllm
 from evalkit.attention.backends.sm100.arithmetic import ProbModel
+from evalkit.environment import has_triton
 from evalkit.kv import RowFormat, Scales
 
 READS = ("bf16", "fp8_e4m3")
@@ -51,7 +50,7 @@ class Emulated(Backend):
             return f"the SM100 kernel reads {', '.join(READS)}, not {format.name}"
         if trtllm.runs_on(device):
             return trtllm.unavailable_because(heads)
-        if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        if device.type == "cuda" and not has_triton():
             return "the package triton is not installed (pip install triton)"
         return None
 

@@ -12,7 +12,6 @@ up its 24 bits, so that products are exact, and sums are float32's. Float32 prod
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from evalkit.attention.backends.base import Backend, backends
 from evalkit.attention.backends.readers import READERS, Reader
+from evalkit.environment import has_triton
 from evalkit.kv import RowFormat, Scales
 
 SCORES_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27}  # elements of [t, H, rows] held at once
@@ -155,7 +155,7 @@ def attend_gathered(
 
 def _weigh(scores: Tensor, numbers: Tensor, sm_scale: float, narrow: bool) -> tuple[list[Tensor], Tensor]:
     """The softmax of scores [t, H, K], as terms where the rows are terms, and lse [t, H]; see `attend_gathered`."""
-    if narrow and scores.is_cuda and importlib.util.find_spec("triton") is not None:
+    if narrow and scores.is_cuda and has_triton():
         from evalkit.attention.backends.kernels import weighing
 
         return weighing.weigh(scores, numbers, sm_scale)

@@ -5,13 +5,13 @@ Products are exact and summed in float32. A score does not depend on the other q
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evalkit.attention.indexer.base import Scorer
+from evalkit.environment import has_triton
 from evalkit.kv.index import IndexFormat
 
 READS = (torch.bfloat16, torch.float8_e4m3fn)
@@ -28,7 +28,7 @@ class Fused(Scorer):
             return f"the Triton kernel reads bf16 and e4m3 keys, not {keys.name}"
         if device.type != "cuda":
             return f"the Triton kernel needs an NVIDIA GPU, the device is {device.type}"
-        if importlib.util.find_spec("triton") is None:
+        if not has_triton():
             return "the package triton is not installed"
         major, minor = torch.cuda.get_device_capability(device)
         if major < 9:
