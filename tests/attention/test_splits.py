@@ -109,6 +109,13 @@ def test_a_selection_without_columns_has_no_slots() -> None:
     assert flashinfer._Plan().take(torch.empty(3, 0, dtype=torch.int32)) == [0, 0, 0]
 
 
+def test_slots_that_inference_mode_made_serve_outside_it_too(plans: list[list[int]]) -> None:
+    plan = flashinfer._Plan()
+    with torch.inference_mode():
+        planned(plan, [[3, 1, 2], [4, -1, -1]])
+    assert planned(plan, [[7, 8, 9], [-1, 5, -1]]) == ("wrapper 1", [7, 8, 9, 5])
+
+
 def exactly(query: Tensor, rows: Tensor, indices: Tensor, sm_scale: float) -> tuple[Tensor, Tensor]:
     """Exact attention over bf16 rows [N, C + R], with +inf for a query without a slot, as FlashMLA gives it."""
     reference = backends.get("reference")

@@ -200,7 +200,8 @@ class _Plan:
     def _room(self, needed: int, device: torch.device, kept: int = 0) -> Tensor:
         """Slots enough, the first `kept` as they were. Plans go with the slots they were made over."""
         if self.slots is None or len(self.slots) < needed:
-            slots = torch.empty(needed, dtype=torch.int32, device=device)
+            with torch.inference_mode(False):  # else they could be written to in inference mode only
+                slots = torch.empty(needed, dtype=torch.int32, device=device)
             if self.slots is not None:
                 slots[:kept] = self.slots[:kept]
             self.slots, self.lengths = slots, []
@@ -220,7 +221,8 @@ def _steady() -> FlashInfer:
 
 @once
 def _workspace(device: torch.device) -> Tensor:
-    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):
+        return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def _plan(slots: Tensor, lengths: list[int], query: Tensor, dtype: torch.dtype, sm_scale: float) -> Any:

@@ -43,7 +43,8 @@ def attend(given: Operands, indices: Tensor) -> tuple[Tensor, Tensor]:
     device = given.query.device
     if device not in _workspaces:
         # The kernel counts in it from zero, and leaves it at zero.
-        _workspaces[device] = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):
+            _workspaces[device] = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
     out, lse = trtllm_batch_decode_with_kv_cache_mla(**arguments(given, indices, _workspaces[device]))
     empty = (indices < 0).all(-1)
     out = out.view(*given.query.shape[:2], LATENT).masked_fill(empty[:, None, None], 0)
