@@ -206,6 +206,7 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
                         mean_context_tokens=scored.mean_context_tokens,
                         share_over_topk=scored.share_over(scorer.topk),
                         share_stored_rows=scored.share_stored,
+                        step=scored.step,
                     ):
                         write.write(record)
 

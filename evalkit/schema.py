@@ -367,7 +367,14 @@ class MissingScaleRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRecord(Record):
-    """A task's score and its loss against the baseline on the same documents, with intervals."""
+    """A task's score and its loss against the baseline on the same documents, with intervals.
+
+    `decode_step_ms` is the mean time of a step that advances `decode_sequences` sequences by a token each, over
+    `decode_steps` steps that saw `decode_columns` columns of context on average, after those that warm up; prompts,
+    tokenising and scoring are not in it. Its 95 % interval is Student's t over runs of consecutive calls (see
+    evaluate/engines/timing.py) and holds for this process on this machine; None below 8 calls. `decode_graph`: a CUDA
+    graph replayed the steps. All of these are None where nothing was generated, or the engine does not tell.
+    """
 
     kind: ClassVar[str] = "task"
     candidate: str
@@ -391,6 +398,13 @@ class TaskRecord(Record):
     mean_context_tokens: float | None
     share_over_topk: float | None
     share_stored_rows: float | None
+    decode_step_ms: float | None = None
+    decode_step_lower_ms: float | None = None
+    decode_step_upper_ms: float | None = None
+    decode_sequences: int | None = None
+    decode_columns: float | None = None
+    decode_steps: int | None = None
+    decode_graph: bool | None = None
 
     @property
     def again(self) -> bool:

@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 import evalkit
 from evalkit.errors import InputError
+from evalkit.evaluate.engines.timing import Call, StepTime, step_time
 from evalkit.evaluate.lm import Coverage, EvalkitLM
 from evalkit.evaluate.transcripts import transcript
 from evalkit.records import SampleRecord, TaskRecord
@@ -38,12 +39,16 @@ HUB = "_hub"
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """One task on one candidate. `coverage` is empty for an LM that does not keep it."""
+    """One task on one candidate. `coverage` is empty for an LM that does not keep it.
+
+    `step` is what a decode step took: None where nothing was generated, or by an engine that does not tell.
+    """
 
     task: str
     samples: tuple[SampleRecord, ...]
     coverage: tuple[Coverage, ...]
     wall_s: float
+    step: StepTime | None = None
 
     @property
     def mean_context_tokens(self) -> float | None:
@@ -74,6 +79,7 @@ def task_records(
     mean_context_tokens: float | None,
     share_over_topk: float | None,
     share_stored_rows: float | None,
+    step: StepTime | None = None,
 ) -> Iterator[TaskRecord]:
     """One task's samples against the baseline's on the same documents: a record for each metric and filter.
 
@@ -104,6 +110,13 @@ def task_records(
             mean_context_tokens=mean_context_tokens,
             share_over_topk=share_over_topk,
             share_stored_rows=share_stored_rows,
+            decode_step_ms=None if step is None else step.ms,
+            decode_step_lower_ms=None if step is None else step.lower_ms,
+            decode_step_upper_ms=None if step is None else step.upper_ms,
+            decode_sequences=None if step is None else step.sequences,
+            decode_columns=None if step is None else step.columns,
+            decode_steps=None if step is None else step.steps,
+            decode_graph=None if step is None else step.graph,
         )
 
 
@@ -205,7 +218,8 @@ def _refuse_unknown(name: str, known: Sequence[str], ours: TaskManager) -> None:
 def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
     name = task.task_name
     coverage: list[Coverage] = getattr(lm, "coverage", [])
-    before, started = len(coverage), time.perf_counter()
+    timed: list[Call] = getattr(getattr(lm, "engine", None), "timed", [])
+    before, untimed, started = len(coverage), len(timed), time.perf_counter()
     with _quiet_lm_eval():
         results = evaluate(lm, {"tasks": {name: task}}, limit=documents, bootstrap_iters=0)
     wall_s = time.perf_counter() - started
@@ -221,7 +235,9 @@ def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
             raise RuntimeError(
                 f"{name}, filter {kept}: {len(seen)} documents came back, {documents} were asked for"
             )
-    return TaskRun(task=name, samples=samples, coverage=covered, wall_s=wall_s)
+    return TaskRun(
+        task=name, samples=samples, coverage=covered, wall_s=wall_s, step=step_time(timed[untimed:])
+    )
 
 
 def _samples(

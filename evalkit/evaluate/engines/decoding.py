@@ -2,7 +2,7 @@
 
 On a GPU a small model's step is bound by the launches of its kernels. Steps are therefore recorded in a CUDA graph
 where the candidate's backend never waits for the device; a graph runs the same kernels on the same shapes. Generated
-tokens are fetched once every `STEPS_AT_ONCE` steps.
+tokens are fetched once every `STEPS_AT_ONCE` steps, and each such call is timed, less what prompts took before it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from evalkit.attention.backends import Backend
 from evalkit.attention.cache import BLOCK
 from evalkit.attention.ragged import Ragged
 from evalkit.evaluate.damage import generators
+from evalkit.evaluate.engines.timing import Call, watch
 
 STEPS_AT_ONCE = {"cpu": 1, "cuda": 16}
+TIMED_CALLS = 10  # an interval needs 8
 
 
 class Decoder:
@@ -32,6 +34,10 @@ class Decoder:
         cache: an empty `PagedCache` of the candidate.
         shared: tokens that every prompt begins with: computed once, and then copied.
         graphs: whether steps may be recorded in a CUDA graph.
+
+    Attributes:
+        timed: the calls of `steps` after those that warm up: the first, or, where steps may be recorded, all that come
+            before a recording may be made and those that make one.
     """
 
     def __init__(
@@ -52,6 +58,8 @@ class Decoder:
         self._column = [columns - 1] * sequences
         self._steps = 0
         self._recorded: dict[Backend, torch.cuda.CUDAGraph] = {}
+        self._replays = 0
+        self._watch, self.timed = watch(self._device), list[Call]()
         self._shared = len(shared)
         if shared:
             self._pass(torch.tensor([list(shared)], device=self._device), [sequences], 0)
@@ -81,13 +89,34 @@ class Decoder:
             [sequences][count + 1]: the token that each had last, and those that followed.
         """
         visible = min(self._ragged.columns, -(-(max(self._column) + count) // BLOCK) * BLOCK)
+        before, recorded, replays = self._steps, len(self._recorded), self._replays
+        start = self._watch.mark()
         tokens = [self._next.clone()]
         for _ in range(count):
             self._advance(visible)
             tokens.append(self._next.clone())
+        end = self._watch.mark()
         self._column = [min(column + count, self._ragged.columns - 1) for column in self._column]
         found: list[list[int]] = torch.stack(tokens, 1).tolist()
+        warm = before >= (STEPS_AT_ONCE["cuda"] if self._records else 1) and recorded == len(self._recorded)
+        if count and warm:
+            graph = self._replays - replays == count
+            self.timed.append(
+                Call(
+                    seconds=self._watch.seconds(start, end),
+                    steps=count,
+                    sequences=len(self._column),
+                    columns=self._ragged.columns if graph else visible,
+                    graph=graph,
+                )
+            )
         return found
+
+    def time_on(self) -> None:
+        """Advance further, read by nobody, until enough calls are timed: answers may be shorter than that takes."""
+        for _ in range(TIMED_CALLS + 2):  # of which two at most warm up
+            if len(self.timed) < TIMED_CALLS:
+                self.steps(STEPS_AT_ONCE[self._device.type])
 
     def _pass(self, ids: Tensor, sequences: Sequence[int], start: int) -> Tensor:
         """Hidden states [P, T, D] of ids [P, T], which extend these sequences from column `start` on."""
@@ -117,6 +146,7 @@ class Decoder:
             self._step(visible)
         elif steady in self._recorded:
             self._recorded[steady].replay()
+            self._replays += 1
         else:
             self._cache.state.backend = steady
             try:

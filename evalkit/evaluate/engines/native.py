@@ -30,6 +30,7 @@ from evalkit.evaluate.engines.base import Answer, Prompt, Span
 from evalkit.evaluate.engines.decoding import STEPS_AT_ONCE, Decoder
 from evalkit.evaluate.engines.schedule import groups, shared_prefix
 from evalkit.evaluate.engines.stops import Stops
+from evalkit.evaluate.engines.timing import Call
 from evalkit.kv import index
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ class NativeEngine:
         damage: size of the planted damage, see `evalkit.evaluate.damage`; 0 is none.
         graphs: whether steps may be recorded in a CUDA graph, on a GPU and where the backend can.
 
+    Attributes:
+        timed: what advanced sequences together and how long it took, see `Decoder.timed`; none in plain transformers.
+
     Raises:
         InputError: a candidate on a plain model, no tokenizer that loads and fits, or too large a max_length.
     """
@@ -110,6 +114,7 @@ class NativeEngine:
         graphs: bool = True,
     ) -> None:
         self.model, self.batch_size, self._damage, self._graphs = model, batch_size, damage, graphs
+        self.timed: list[Call] = []
         self._new_cache: Callable[[], Cache | None]
         if hasattr(model, "evalkit"):
             self._new_cache = partial(model.evalkit.new_cache, candidate, scales)
@@ -200,6 +205,8 @@ class NativeEngine:
                     yield one.place, answer
             free.sort()
             fresh.clear()
+        decoder.time_on()
+        self.timed += decoder.timed
 
     def _generate_plainly(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         order = sorted(range(len(prompts)), key=lambda i: (-prompts[i].max_new, -len(prompts[i].ids), i))
