@@ -15,12 +15,14 @@ from typing import Any
 from evalkit import environment, kv
 from evalkit.attention import backends, indexer
 from evalkit.candidate import Candidate
-from evalkit.compare import attribution, divergence, noise, phases, ranges
+from evalkit.compare import attribution, captured, divergence, noise, phases, ranges
 from evalkit.compare.layers import compare, count_passes
 from evalkit.compare.state import LayerState, signature
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate import answers, kld
+from evalkit.evaluate.engines.served import Served
+from evalkit.evaluate.engines.shown import Shown
 from evalkit.evaluate.tasks import run_tasks, task_records
 from evalkit.kv import Scales, scale_files
 from evalkit.model.proof import bytes_per_token
@@ -58,7 +60,11 @@ def run(config: RunConfig, resume: Path | None = None) -> Path:
     directory = RunDirectory(resume) if resume is not None else _create(prepared.config)
     with _told_how_to_go_on(directory):
         describe(directory, prepared)
-        compare_layers(directory, prepared)
+        shown = ask_engines(directory, prepared)
+        if shown is None:
+            compare_layers(directory, prepared)
+        else:
+            compare_shown_layers(directory, prepared, shown)
         find_divergence(directory)
         compare_phases(directory, prepared)
         attribute_loss(directory, prepared)
@@ -72,7 +78,7 @@ def run(config: RunConfig, resume: Path | None = None) -> Path:
 def describe(directory: RunDirectory, prepared: Prepared) -> None:
     """Record the environment, and each candidate with the bytes that its rows were seen to take.
 
-    What a serving engine runs is recorded with its tasks, when it has started.
+    What a serving engine runs is recorded with its layers or tasks, when it has started.
     """
     device, dtype = prepared.scorer.place
     now = environment.collect(prepared.checkpoint, device, dtype, directory.command, prepared.identity)
@@ -87,6 +93,38 @@ def describe(directory: RunDirectory, prepared: Prepared) -> None:
             write.write(record)
         for described in _candidate_records(prepared) if prepared.model is not None else ():
             write.write(described)
+
+
+def ask_engines(directory: RunDirectory, prepared: Prepared) -> Shown | None:
+    """All that layers and tasks take from serving engines, in one start for each arm; None of a model that is loaded here."""
+    scorer, config = prepared.scorer, prepared.config
+    if not isinstance(scorer, Served):
+        return None
+    scored = prepared.arms if "tasks" in config.stages and config.tasks else ()
+    arms = [arm for arm in scored if not directory.done(f"tasks {arm.name}")]
+    layers = "layers" in config.stages and not directory.done("layers")
+    return scorer.fetch(arms, directory.path, layers=layers)
+
+
+def compare_shown_layers(directory: RunDirectory, prepared: Prepared, shown: Shown) -> None:
+    """What serving engines showed of every layer and next token, prefilled, against the baseline's own first start."""
+    config, scorer, starts = prepared.config, prepared.scorer, shown.starts(prepared.arms)
+    if "layers" in config.stages and not directory.done("layers"):
+        steps = captured.count_steps(starts, len(prepared.documents))
+        with directory.stage("layers") as write, progress("layers", steps) as advance:
+            for arm in prepared.arms:
+                for proved in scorer.proof(arm, directory.path):
+                    write.write(proved)
+            for record in captured.compare(
+                prepared.documents,
+                starts,
+                topk=scorer.topk,
+                device=scorer.place[0],
+                decode=prepared.lm.tokenizer.decode,
+                advance=advance,
+            ):
+                write.write(record)
+    shown.forget()
 
 
 def compare_layers(directory: RunDirectory, prepared: Prepared) -> None:
@@ -136,7 +174,7 @@ def compare_phases(directory: RunDirectory, prepared: Prepared) -> None:
     config, model = prepared.config, prepared.model
     if "layers" not in config.stages or not config.phase_tokens or directory.done("phases"):
         return
-    if model.evalkit.weights is not None:
+    if model is None or model.evalkit.weights is not None:
         return
     documents = [ids[: config.phase_tokens] for ids in prepared.documents]
     passes = phases.count_phase_passes(model, len(documents), prepared.candidates)
@@ -184,12 +222,12 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
     config, scorer = prepared.config, prepared.scorer
     if "tasks" not in config.stages or not config.tasks:
         return
-    every = scorer.arms(None if prepared.policy is None else prepared.policy.damage.noise)
-    arms = [arm for arm in every if not directory.done(f"tasks {arm.name}")]
-    scorer.fetch(arms, directory.path)
-    for arm in arms:
+    known = {record.candidate for record in only(directory.read(), CandidateRecord)}
+    for arm in prepared.arms:
+        if directory.done(f"tasks {arm.name}"):
+            continue
         with scorer.lm(arm, directory.path) as lm, directory.stage(f"tasks {arm.name}") as write:
-            for proved in scorer.proof(arm, directory.path):
+            for proved in scorer.proof(arm, directory.path) if arm.name not in known else ():
                 write.write(proved)
             asked = (config.tasks, config.task_documents, config.seed)
             for scored in run_tasks(lm, *asked, candidate=arm.name, data=config.data):

@@ -21,6 +21,7 @@ from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate import kld
 from evalkit.evaluate.documents import calibration_documents, generated_tokens, range_documents
+from evalkit.evaluate.engines.arms import Arm
 from evalkit.evaluate.engines.choose import DEFAULT_CANDIDATES, NativeScorer, Scorer, serve
 from evalkit.evaluate.engines.native import auto_batch_size
 from evalkit.evaluate.lm import EvalkitLM
@@ -54,6 +55,7 @@ class Prepared:
     ranges: what the profile made of the model, layer by layer; empty where it is `native`.
     requested: each candidate as it was asked for, in the order of `candidates`; the first is the bf16 baseline.
     documents: token ids [T] for the layer comparison.
+    arms: every pass over the documents of tasks, each after what it is paired with.
     passages: what KL divergence is found on.
     calibration: token ids [T] on which a streamed checkpoint's scales are found layer by layer; otherwise `scales` has
         them.
@@ -67,6 +69,7 @@ class Prepared:
     ranges: Sequence[ProfileRecord]
     lm: EvalkitLM
     scorer: Scorer
+    arms: Sequence[Arm]
     requested: tuple[str, ...]
     candidates: tuple[Candidate, ...]
     scales: Mapping[Candidate, Mapping[int, Scales]]
@@ -123,6 +126,13 @@ def prepare(config: RunConfig) -> Prepared:
             lm.tok_encode, min(config.layers_prompt_tokens, lm.max_length), config.seed
         )
     scales = {candidate: _scales(candidate, checkpoint, model, calibration) for candidate in candidates}
+    scorer = NativeScorer(
+        model=model,
+        candidates=candidates,
+        scales=scales,
+        batch_size=batch_size,
+        documents=config.task_documents,
+    )
     return Prepared(
         config=config,
         policy=policy,
@@ -131,13 +141,8 @@ def prepare(config: RunConfig) -> Prepared:
         model=model,
         ranges=[rescale.record(profile, one) for one in given],
         lm=lm,
-        scorer=NativeScorer(
-            model=model,
-            candidates=candidates,
-            scales=scales,
-            batch_size=batch_size,
-            documents=config.task_documents,
-        ),
+        scorer=scorer,
+        arms=_arms(scorer, policy),
         requested=requested,
         candidates=candidates,
         scales=scales,
@@ -180,9 +185,19 @@ def _served(
     identity: str | None,
     requested: tuple[str, ...],
 ) -> Prepared:
-    """What a run of tasks on a serving engine works on: no model is loaded here."""
+    """What a run on serving engines works on: no model is loaded here."""
     scorer = serve(config, checkpoint, requested)
     _refuse_twice(scorer.candidates, requested)
+    lm, documents = EvalkitLM(engine=scorer.asked), []
+    if "layers" in config.stages:
+        # A prompt has to arrive in one piece, or its tensors would be in several.
+        documents = _documents(config.with_values(layers_decode_tokens=0), lm)
+        scorer.asked.documents = [ids.tolist() for ids in documents]
+        print(
+            f"engine {config.engine}: layers are compared in prefill only, {config.layers_prompt_tokens} tokens in one piece; "
+            "layers_decode_tokens and phase_tokens do not apply",
+            file=sys.stderr,
+        )
     return Prepared(
         config=scorer.config,
         policy=policy,
@@ -190,15 +205,20 @@ def _served(
         identity=identity,
         model=None,
         ranges=(),
-        lm=EvalkitLM(engine=scorer.asked),
+        lm=lm,
         scorer=scorer,
+        arms=_arms(scorer, policy),
         requested=requested,
         candidates=scorer.candidates,
         scales={},
-        documents=(),
+        documents=documents,
         passages=(),
         calibration=(),
     )
+
+
+def _arms(scorer: Scorer, policy: Policy | None) -> list[Arm]:
+    return scorer.arms(None if policy is None else policy.damage.noise)
 
 
 def _refuse_twice(candidates: Sequence[Candidate], requested: Sequence[str]) -> None:

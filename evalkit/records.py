@@ -87,6 +87,7 @@ __all__ = [
     "WorstTokenRecord",
     "file_name",
     "only",
+    "output_probe",
     "read",
     "read_samples",
     "to_line",
@@ -99,6 +100,12 @@ R = TypeVar("R", bound=Record)
 def only(records: Sequence[Record], kind: type[R]) -> list[R]:
     """The records of one kind, in their order."""
     return [record for record in records if isinstance(record, kind)]
+
+
+def output_probe(records: Sequence[Record]) -> str:
+    """The probe that stands for a layer's attention output: `values`, after W_UV, where an engine shows none before."""
+    probes = {record.probe for record in only(records, LayerRecord)}
+    return "values" if "values" in probes and "attention" not in probes else "attention"
 
 
 def read(run: Path) -> list[Record]:

@@ -8,25 +8,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from evalkit.records import DivergenceRecord, LayerRecord, MultipleRecord, Record, only
+from evalkit.records import DivergenceRecord, LayerRecord, MultipleRecord, Record, only, output_probe
 
-PROBE: Final = "attention"
 # Another kernel is the floor that multiples are taken of; where none runs, or it is bit-identical, what else moves
 # bf16 stands in and is named.
-PREFERENCE: Final = ("floor:kernel", "floor:noise", "floor:batch")
+PREFERENCE: Final = ("floor:kernel", "floor:start", "floor:noise", "floor:batch")
 
 
 def divergences(records: Sequence[Record]) -> Iterator[DivergenceRecord]:
     """The first divergent layer of each candidate, phase and mode, free of freezing."""
+    probe = output_probe(records)
     found = [
         r
         for r in only(records, MultipleRecord)
-        if (r.probe, r.frozen) == (PROBE, "none") and r.layer is not None
+        if (r.probe, r.frozen) == (probe, "none") and r.layer is not None
     ]
     totals = {
         (r.candidate, r.phase, r.mode, r.layer): r
         for r in only(records, LayerRecord)
-        if (r.probe, r.frozen, r.rung) == (PROBE, "none", "total")
+        if (r.probe, r.frozen, r.rung) == (probe, "none", "total")
     }
     for place in dict.fromkeys((r.candidate, r.phase, r.mode) for r in found):
         mine = [r for r in found if (r.candidate, r.phase, r.mode) == place]
@@ -43,7 +43,7 @@ def divergences(records: Sequence[Record]) -> Iterator[DivergenceRecord]:
             candidate=place[0],
             phase=place[1],
             mode=place[2],
-            probe=PROBE,
+            probe=probe,
             floor=kind,
             first_layer=first,
             relative_l2=None if total is None else total.relative_l2,

@@ -3,7 +3,8 @@
 Four kinds, recorded apart as rungs: `floor:kernel` (another kernel reads the same bf16 rows), `floor:split` (that
 kernel, each query's keys split over processors, against itself without), `floor:batch` (the same tokens in steps of
 another size) and `floor:noise` (latent and rope times 1 + u, u uniform within 2^-9, half a unit in bf16's last
-place, and stored as bf16: dithered where the model computes in bf16).
+place, and stored as bf16: dithered where the model computes in bf16). A serving engine has `floor:start`: the same
+kernel on an engine that was started afresh.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from evalkit.errors import InputError
 from evalkit.records import LayerRecord
 
 KERNEL, SPLIT, BATCH, NOISE = "floor:kernel", "floor:split", "floor:batch", "floor:noise"
+START = "floor:start"
 HALF_ULP: Final = 2.0**-9
 LATENT_DIM: Final = 512
 

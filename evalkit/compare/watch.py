@@ -23,7 +23,7 @@ from evalkit.records import ConfidenceRecord, MultipleRecord, PositionRecord, Re
 from evalkit.stats.ratios import Ratio, by_units
 
 # Where no other kernel runs, a layer's divergence is told from what else moves bf16; see compare/divergence.py.
-EVERY_FLOOR_PROBES: Final = ("attention", "hidden")
+EVERY_FLOOR_PROBES: Final = ("hidden",)  # and the attention output
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -32,13 +32,18 @@ class Watch:
     """What one comparison knows of its tokens.
 
     documents: token ids [T] each. prefill: tokens of each document's prompt. decode: token ids as text; None writes
-    their numbers.
+    their numbers. output: the probe that is followed as the attention output.
     """
 
     def __init__(
-        self, documents: Sequence[Tensor], prefill: Sequence[int], topk: int, decode: Decode | None = None
+        self,
+        documents: Sequence[Tensor],
+        prefill: Sequence[int],
+        topk: int,
+        decode: Decode | None = None,
+        output: str = "attention",
     ) -> None:
-        self.documents, self.prefill, self.topk = documents, prefill, topk
+        self.documents, self.prefill, self.topk, self.output = documents, prefill, topk, output
         self.decode: Decode = decode or (lambda ids: " ".join(map(str, ids)))
         self.traces: dict[str, Trace] = {}  # by candidate
         self.divergences: dict[Arm, dict[str, TokenAccumulator]] = {}  # by arm and phase
@@ -65,7 +70,9 @@ class Watch:
         for (phase, probe, rung), mine in cell.errors.items():
             for floor in floors:
                 kind = floor.arm.subject.rung
-                if rung != "total" or (kind != noise.KERNEL and probe not in EVERY_FLOOR_PROBES):
+                if rung != "total" or (
+                    kind != noise.KERNEL and probe not in (self.output, *EVERY_FLOOR_PROBES)
+                ):
                     continue
                 theirs = floor.errors.get((phase, probe, kind))
                 if theirs is None:
@@ -76,15 +83,15 @@ class Watch:
     def _positions(self, index: int, cell: Cell) -> Iterator[Record]:
         errors = self._token_errors(cell)
         curves = [(np.arange(len(part)), part) for part in errors]
-        yield self._position(cell.arm, index, "attention", "position", curves)
+        yield self._position(cell.arm, index, self.output, "position", curves)
         made = self._generated([part[self.prefill[number] :] for number, part in enumerate(errors)])
         if made:
-            yield self._position(cell.arm, index, "attention", "generated", made)
+            yield self._position(cell.arm, index, self.output, "generated", made)
 
     def _token_errors(self, cell: Cell) -> list[np.ndarray]:
         """Relative L2 of each token's attention output, a document's prompt and decoded tokens together."""
         parts = [
-            cell.errors.get((phase, "attention", cell.arm.subject.rung), []) for phase in (PREFILL, DECODE)
+            cell.errors.get((phase, self.output, cell.arm.subject.rung), []) for phase in (PREFILL, DECODE)
         ]
         return [
             (rows[:, 0] / rows[:, 1]).numpy()
@@ -92,8 +99,8 @@ class Watch:
         ]
 
     def _floor_limit(self, floors: Sequence[Cell]) -> tuple[str, float] | None:
-        """The floor that a token's error is told from: the first of kernel, noise and batch that is not zero."""
-        for kind in (noise.KERNEL, noise.NOISE, noise.BATCH):
+        """The floor that a token's error is told from: the first of kernel, start, noise and batch that is not zero."""
+        for kind in (noise.KERNEL, noise.START, noise.NOISE, noise.BATCH):
             for floor in floors:
                 if floor.arm.subject.rung == kind:
                     values = np.concatenate(self._token_errors(floor))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.policy import Policy, PrimaryEndpoint
 from evalkit.gate.words import Check, Verdict
-from evalkit.records import CandidateRecord, LayerRecord, SampleRecord, only
+from evalkit.records import CandidateRecord, LayerRecord, SampleRecord, only, output_probe
 
 PASSED = Verdict.NON_INFERIOR
 
@@ -95,11 +95,12 @@ def _differs(run: Evidence, layers: Sequence[LayerRecord], baseline: CandidateRe
     """A smaller row that changes nothing was not read, or not written."""
     name = f"outputs differ from {baseline.candidate}"
     exact = [r.max_abs_error for r in layers if (r.probe, r.rung) == ("attention", "format")]
-    own = {_place(r): _figures(r) for r in layers if _is_output(r)}
+    probe = output_probe(run.records)
+    own = {_place(r): _figures(r) for r in layers if (r.probe, r.rung) == (probe, "total")}
     other = {
         _place(r): _figures(r)
         for r in only(run.records, LayerRecord)
-        if r.candidate == baseline.candidate and _is_output(r)
+        if (r.candidate, r.probe, r.rung) == (baseline.candidate, probe, "total")
     }
     shared = own.keys() & other.keys()
     if not shared:
@@ -121,10 +122,6 @@ def _differs(run: Evidence, layers: Sequence[LayerRecord], baseline: CandidateRe
     return Check(
         name=name, verdict=PASSED, reason=f"Attention outputs differ, at {len(shared)} places compared."
     )
-
-
-def _is_output(record: LayerRecord) -> bool:
-    return (record.probe, record.rung) == ("attention", "total")
 
 
 def _place(record: LayerRecord) -> tuple[int | None, str, str, str]:

@@ -9,6 +9,9 @@ from evalkit.gate.policy import Limit, Policy
 from evalkit.gate.words import Check, Verdict
 from evalkit.records import CandidateRecord, Record
 
+# Words that are right, of what a serving engine does not show: evidence that is missing.
+NOT_EVERYWHERE = {"mode": ("isolated",), "probe": ("attention",), "phase": ("decode",)}
+
 
 def check_limits(
     records: Sequence[Record], candidate: CandidateRecord, policy: Policy, today: date
@@ -96,7 +99,7 @@ def _refuse_unknown_values(kind: Sequence[Record], limit: Limit) -> None:
     """A word that no record holds would select nothing, and nothing would pass or be missed in silence."""
     for name, wanted in limit.where.items():
         held = {getattr(record, name) for record in kind}
-        if kind and wanted not in held:
+        if kind and wanted not in held and wanted not in NOT_EVERYWHERE.get(name, ()):
             raise InputError(
                 f"policy: limit {limit.name}: no {limit.kind} record has {name} {wanted!r}; "
                 f"there are {', '.join(sorted(map(str, held)))}"

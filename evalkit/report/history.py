@@ -31,6 +31,7 @@ from evalkit.records import (
     TokenRecord,
     VerdictRecord,
     only,
+    output_probe,
     to_line,
     write_whole,
 )
@@ -312,10 +313,11 @@ def _result(run: str, candidate: CandidateRecord, records: Sequence[Record], non
 
 def _attention(records: Sequence[Record], candidate: str) -> list[LayerRecord]:
     """One record for each mode and layer."""
+    probe = output_probe(records)
     found = [
         r
         for r in only(records, LayerRecord)
-        if (r.candidate, r.probe, r.rung, r.frozen) == (candidate, "attention", "total", "none")
+        if (r.candidate, r.probe, r.rung, r.frozen) == (candidate, probe, "total", "none")
         and r.layer is not None
     ]
     ordered = sorted(found, key=lambda r: (r.phase != "decode", r.phase != "prefill"))

@@ -73,6 +73,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
                 tables.candidates(records),
                 tables.tasks(records),
                 tables.starts(records),
+                tables.token_starts(records),
                 answers(records),
             )
             if table.rows
@@ -108,6 +109,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         places=places,
         worst=where.worst(records),
         views=views,
+        inside=tables.seen_inside(records),
         losses=losses,
         shares=shares,
         attribution=attribution.table(records),
@@ -115,5 +117,6 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         faults=ranges.sentences(records),
         flips=flipped,
         tradeoff=tradeoff,
+        timed=any(task["time"] for one in tradeoff["candidates"] for task in one["tasks"]),
         library=Markup(plots.library() if drawn else ""),  # noqa: S704 - plotly.js, from its own package
     )

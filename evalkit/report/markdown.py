@@ -35,6 +35,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         tables.layers,
         tables.tasks,
         tables.starts,
+        tables.token_starts,
         answers,
         tables.scoring,
         tables.tokens,

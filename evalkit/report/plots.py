@@ -6,7 +6,6 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from evalkit.records import (
-    AnswerLengthRecord,
     CandidateRecord,
     LayerRecord,
     Record,
@@ -68,12 +67,11 @@ def loss_points(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def tradeoff(records: Sequence[Record]) -> dict[str, Any]:
-    """What each candidate costs in bytes and in time, against what it loses on each task and in KL divergence.
+    """What each candidate costs in bytes and in decode time, against what it loses on each task and in KL divergence.
 
-    A task's time is all of its wall time (prompts, generation, scoring) over the tokens that it generated.
+    A task's time is that of a decode step, as `TaskRecord` has it.
     """
     order = [row[0] for row in tables.candidates(records).rows]
-    lengths = {(r.candidate, r.task): r for r in only(records, AnswerLengthRecord)}
     scores = only(records, TaskRecord)
     tokens = [r for r in only(records, TokenRecord) if r.frozen == "none"]
     found = []
@@ -92,22 +90,30 @@ def tradeoff(records: Sequence[Record]) -> dict[str, Any]:
                 "index": order.index(name),
                 "bytes": record.row_bytes_per_token,
                 "kl": kl,
-                "tasks": [_trade(r, lengths.get((name, r.task))) for r in mine],
+                "tasks": [_trade(r) for r in mine],
             }
         )
     names = list(dict.fromkeys(r.task for r in scores))
     return {"tasks": names, "candidates": [one for one in found if one["kl"] or one["tasks"]]}
 
 
-def _trade(record: TaskRecord, length: AnswerLengthRecord | None) -> dict[str, Any]:
-    generated = 0.0 if length is None else length.mean_tokens * length.n
+def _trade(record: TaskRecord) -> dict[str, Any]:
+    time = {
+        "value": record.decode_step_ms,
+        "lower": record.decode_step_lower_ms,
+        "upper": record.decode_step_upper_ms,
+        "sequences": record.decode_sequences,
+        "columns": record.decode_columns,
+        "steps": record.decode_steps,
+        "graph": record.decode_graph,
+    }
     return {
         "task": record.task,
         "value": 100 * record.loss,
         "lower": _points(record.loss_lower),
         "upper": _points(record.loss_upper),
         "n": record.n,
-        "ms": 1000 * record.wall_s / generated if generated else None,
+        "time": None if record.decode_step_ms is None else time,
     }
 
 
@@ -135,9 +141,10 @@ def _curves(found: Sequence[LayerRecord], order: Sequence[str]) -> list[dict[str
     return sorted(curves, key=lambda curve: (curve["role"] == "floor", curve["index"]))
 
 
-def _view_rank(view: dict[str, Any]) -> tuple[bool, bool, bool]:
+def _view_rank(view: dict[str, Any]) -> tuple[int, bool, bool]:
     """Attention, decode and nothing frozen come first: that view stands when the page opens."""
-    return view["probe"] != "attention", view["phase"] != "decode", view["frozen"] != "none"
+    first = {"attention": 0, "values": 1}  # a serving engine shows no attention before W_UV
+    return first.get(view["probe"], 2), view["phase"] != "decode", view["frozen"] != "none"
 
 
 def _points(value: float | None) -> float | None:

@@ -4,6 +4,7 @@ The terminal, summary.md and report.html print these same tables. Rows keep the 
 recorded, with bf16 against itself first.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +12,7 @@ from typing import TypeVar
 from evalkit.records import (
     CandidateRecord,
     EnvironmentRecord,
+    FloorRecord,
     LayerRecord,
     ProfileRecord,
     RangeRecord,
@@ -21,6 +23,7 @@ from evalkit.records import (
     TokenRecord,
     VerdictRecord,
     only,
+    output_probe,
 )
 
 Named = TypeVar("Named", LayerRecord, SelectionRecord, RangeRecord, TokenRecord, TaskRecord)
@@ -69,6 +72,7 @@ def candidates(records: Sequence[Record]) -> Table:
     """Candidates first: what each costs, how far its attention lies from the reference, what it loses on tasks."""
     layers, tokens, tasks = only(records, LayerRecord), only(records, TokenRecord), only(records, TaskRecord)
     names = sorted({record.task for record in tasks})
+    timed = any(record.decode_step_ms is not None for record in tasks)
     rows = []
     for record in _candidates(records):
         mine = [
@@ -87,6 +91,7 @@ def candidates(records: Sequence[Record]) -> Table:
             (
                 record.candidate,
                 f"{record.row_bytes_per_token:,}",
+                *([_longest_step(mine)] if timed else []),
                 worst_layer(layers, record.candidate, "isolated"),
                 worst_layer(layers, record.candidate, "propagated"),
                 NA if kl is None else f"{number(kl.kl_mean_nats)} ({kl.n:,})",
@@ -99,12 +104,19 @@ def candidates(records: Sequence[Record]) -> Table:
         caption=(
             "Relative L2 of the attention output against the reference at its worst layer, in decode where there is one; mean KL "
             "divergence of the next token in nats, over the n tokens of the phase or text that has most"
-            + ("; loss of score in points against the baseline, with its interval." if names else ".")
+            + ("; loss of score in points against the baseline, with its interval" if names else "")
+            + (
+                "; mean time of a decode step, with its interval, on the task with most steps timed."
+                if timed
+                else "."
+            )
             + _under_profile(records)
+            + seen_inside(records)
         ),
         columns=(
             "candidate",
             "bytes/token",
+            *(["decode step, ms"] if timed else []),
             "attention, isolated",
             "attention, propagated",
             "KL nats (n)",
@@ -141,12 +153,15 @@ def provenance(records: Sequence[Record]) -> Table:
 
 def layers(records: Sequence[Record]) -> Table:
     """Relative L2 of the attention output, a row a layer and a column a candidate, for the terminal."""
+    probe = output_probe(records)
     found = [
         r
         for r in only(records, LayerRecord)
-        if (r.probe, r.mode, r.frozen, r.rung) == ("attention", "isolated", "none", "total")
-        and r.layer is not None
+        if (r.probe, r.frozen, r.rung) == (probe, "none", "total") and r.layer is not None
     ]
+    # Inside a serving engine no layer can be fed another's input.
+    mode = next((mode for mode in ("isolated", "propagated") if any(r.mode == mode for r in found)), "")
+    found = [r for r in found if r.mode == mode]
     phase = next((phase for phase in PHASES if any(r.phase == phase for r in found)), "")
     found = [r for r in found if r.phase == phase]
     names = [c.candidate for c in _candidates(records) if any(r.candidate == c.candidate for r in found)]
@@ -154,8 +169,8 @@ def layers(records: Sequence[Record]) -> Table:
     return Table(
         key="layers",
         title="Layers",
-        caption=f"Relative L2 of the attention output against the reference, isolated, {phase}"
-        f"{_n_of(sorted({r.n for r in found}))}.",
+        caption=f"Relative L2 of the attention output against the reference, {mode}, {phase}"
+        f"{_n_of(sorted({r.n for r in found}))}.{seen_inside(records)}",
         columns=("layer", *names),
         rows=tuple(
             (str(layer), *(values.get((layer, name), NA) for name in names))
@@ -263,6 +278,7 @@ def tokens(records: Sequence[Record]) -> Table:
         caption=(
             "KL(reference ‖ candidate) in nats over n tokens, and how often both rank the same token first. The mean's 95 % interval "
             "is a studentised bootstrap by document, from 40 documents on; p99.9 from 100 documents and 25,000 tokens on."
+            + seen_inside(records)
         ),
         columns=(
             "candidate", "tokens of", "frozen", "mean", "p50", "p90", "p99", "p99.9", "max", "same top-1", "documents", "n",
@@ -274,9 +290,62 @@ def tokens(records: Sequence[Record]) -> Table:
                 share(r.top1_agreement), f"{r.documents:,}", f"{r.n:,}",
             )
             for r in _ordered(records, only(records, TokenRecord))
+            if not again(r)
         ),
         text_columns=3,
     )  # fmt: skip
+
+
+def token_starts(records: Sequence[Record]) -> Table:
+    """How far next tokens of fresh starts of one serving engine lie apart."""
+    found, told_from = only(records, TokenRecord), reference(records)
+    rows = []
+    for candidate in (record.candidate for record in _candidates(records)):
+        later = [r for r in found if r.candidate.startswith(f"{candidate}, start ")]
+        first = [
+            r for r in found if r.candidate == candidate and r.phase == "prefill" and candidate != told_from
+        ]
+        means = [r.kl_mean_nats for r in (*first, *later)]
+        known = [mean for mean in means if mean is not None]
+        if not later:
+            continue
+        span = "non-finite" if len(known) < len(means) else f"{number(min(known))} to {number(max(known))}"
+        rows.append((candidate, str(1 + len(later)), span, f"{later[0].n:,}"))
+    return Table(
+        key="token-starts",
+        title="Fresh starts, next token",
+        caption=(
+            f"Mean KL divergence in nats from the first start of {told_from}, least to most over the fresh starts of each "
+            f"candidate, over the same n tokens; of {told_from} over its later starts, which is bf16 against itself. Every other "
+            "table counts the first start."
+        ),
+        columns=("candidate", "starts", "KL nats, least to most", "n"),
+        rows=tuple(rows),
+        text_columns=1,
+    )
+
+
+def again(record: TokenRecord) -> bool:
+    """Whether it is of a later fresh start of its candidate."""
+    return re.search(r", start \d+$", record.candidate) is not None
+
+
+def reference(records: Sequence[Record]) -> str:
+    """What layers and next tokens are told from: this project's own, or of a serving engine its bf16."""
+    of_engine = [r.candidate for r in only(records, FloorRecord) if r.rung == "floor:start" and r.candidate]
+    return of_engine[0] if of_engine else "bf16@reference"
+
+
+def seen_inside(records: Sequence[Record]) -> str:
+    """What a caption adds where a serving engine showed its layers; begins with a space."""
+    told_from = reference(records)
+    if told_from == "bf16@reference":
+        return ""
+    kernel = next((r.kernel for r in only(records, CandidateRecord) if r.candidate == told_from), "an engine")
+    return (
+        f" Seen inside {' '.join(kernel.split(' ')[:2])}, in prefill only: the reference is its own {told_from} (first start), not "
+        "bf16@reference, and the attention output is `values`, after W_UV."
+    )
 
 
 def tokens_of(record: TokenRecord) -> str:
@@ -356,15 +425,18 @@ def scoring(records: Sequence[Record]) -> Table:
         title="How tasks were scored",
         caption=(
             "What each score was held against; the mean number of tokens before the scored ones; the share of scored tokens with "
-            "more context than top-k, for which the indexer had to choose; wall time."
+            "more context than top-k, for which the indexer had to choose; mean time of a decode step with its interval, the sequences "
+            "that it advances, the steps timed (in a CUDA graph, where it says so), on this machine; seconds of everything."
         ),
         columns=(
-            "task", "candidate", "against", "metric", "interval by", "its score", "mean context, tokens", "over top-k", "seconds",
+            "task", "candidate", "against", "metric", "interval by", "its score", "mean context, tokens", "over top-k",
+            "decode step, ms", "of sequences", "steps", "seconds",
         ),
         rows=tuple(
             (
                 r.task, r.candidate, r.baseline, f"{r.metric} ({r.filter})", r.interval_method, share(r.baseline_score),
-                NA if r.mean_context_tokens is None else f"{r.mean_context_tokens:,.0f}", share(r.share_over_topk), f"{r.wall_s:.1f}",
+                NA if r.mean_context_tokens is None else f"{r.mean_context_tokens:,.0f}", share(r.share_over_topk),
+                _step(r), NA if r.decode_sequences is None else f"{r.decode_sequences:,}", _steps(r), f"{r.wall_s:.1f}",
             )
             for r in sorted(_ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
         ),
@@ -435,10 +507,11 @@ def _span(values: Sequence[float]) -> str:
 
 def worst_layer(records: Sequence[LayerRecord], candidate: str, mode: str) -> str:
     """The largest relative L2 of the attention output over layers, with the layer; decode where there is one."""
+    probe = output_probe(records)
     found = [
         r
         for r in _by_phase(records)
-        if (r.candidate, r.mode, r.probe, r.rung, r.frozen) == (candidate, mode, "attention", "total", "none")
+        if (r.candidate, r.mode, r.probe, r.rung, r.frozen) == (candidate, mode, probe, "total", "none")
     ]
     found = [r for r in found if r.phase == found[0].phase]
     if any(r.nonfinite for r in found):
@@ -510,6 +583,25 @@ def _loss(record: TaskRecord | None) -> str:
     if record is None:
         return NA
     return f"{100 * record.loss:+.1f} {interval(record.loss_lower, record.loss_upper, lambda x: f'{100 * x:+.1f}')}"
+
+
+def _step(record: TaskRecord) -> str:
+    if record.decode_step_ms is None:
+        return NA
+    return f"{number(record.decode_step_ms)} {interval(record.decode_step_lower_ms, record.decode_step_upper_ms, number)}"
+
+
+def _steps(record: TaskRecord) -> str:
+    return (
+        NA
+        if record.decode_steps is None
+        else f"{record.decode_steps:,}{' (graph)' if record.decode_graph else ''}"
+    )
+
+
+def _longest_step(found: Sequence[TaskRecord]) -> str:
+    most = max(found, key=lambda task: task.decode_steps or 0, default=None)
+    return NA if most is None else _step(most)
 
 
 def _mark(record: LayerRecord) -> str:

@@ -31,6 +31,7 @@ def show(run: Path, console: Console | None = None) -> None:
         tables.layers(records),
         tables.tasks(records),
         tables.starts(records),
+        tables.token_starts(records),
         answers(records, brief=True),
     ):
         if table.rows:

@@ -18,15 +18,28 @@ from evalkit.records import (
     TokenRecord,
     WorstTokenRecord,
     only,
+    output_probe,
 )
-from evalkit.report.tables import NA, Table, interval, is_control, layer_name, number, share, tokens_of
+from evalkit.report.tables import (
+    NA,
+    Table,
+    again,
+    interval,
+    is_control,
+    layer_name,
+    number,
+    reference,
+    seen_inside,
+    share,
+    tokens_of,
+)
 
 KERNEL = "floor:kernel"
-REFERENCE = "bf16@reference"
 FLOOR_NAMES = {
     "floor:kernel": "another kernel",
     "floor:split": "the same kernel, keys split",
     "floor:batch": "steps of another size",
+    "floor:start": "the same kernel, started afresh",
     "floor:noise": "2^-9 noise on rows",
 }
 WORST_SHOWN = 5
@@ -34,11 +47,11 @@ WORST_SHOWN = 5
 
 def floor_state(records: Sequence[Record]) -> Table:
     """Each floor: what measured it, or why nothing did, and what it came to."""
-    found, layers = only(records, FloorRecord), only(records, LayerRecord)
+    found, layers, probe = only(records, FloorRecord), only(records, LayerRecord), output_probe(records)
     rows = []
     for floor in found:
         worst = [
-            max((r.relative_l2 for r in layers if _is_attention(r, floor.rung, mode) and r.relative_l2 is not None), default=None)
+            max((r.relative_l2 for r in layers if _is_output(r, probe, floor.rung, mode) and r.relative_l2 is not None), default=None)
             for mode in ("isolated", "propagated")
         ]  # fmt: skip
         rows.append(
@@ -60,6 +73,7 @@ def floor_state(records: Sequence[Record]) -> Table:
                 if multiples
                 else "No multiple is printed: another kernel's floor is zero or was not measured, and the others are shown by name."
             )
+            + seen_inside(records)
         ),
         columns=("floor", "measured by", "state", "attention, isolated", "attention, propagated"),
         rows=tuple(rows),
@@ -123,15 +137,16 @@ def divergence(records: Sequence[Record]) -> Table:
 
 def amplification(records: Sequence[Record]) -> Table:
     """How much of a layer's error it was handed: propagated over isolated."""
+    probe, told_from = output_probe(records), reference(records)
     found = {
         (r.candidate, r.phase, r.layer, r.mode): r
         for r in only(records, LayerRecord)
-        if _is_attention(r, "total", r.mode) and r.layer is not None
+        if _is_output(r, probe, "total", r.mode) and r.layer is not None
     }
     rows = []
     for (candidate, phase, layer, mode), alone in found.items():
         moved = found.get((candidate, phase, layer, "propagated"))
-        if mode == "isolated" and moved is not None and candidate != REFERENCE:
+        if mode == "isolated" and moved is not None and candidate != told_from:
             both = alone.relative_l2, moved.relative_l2
             factor = both[1] / both[0] if both[0] and both[1] is not None else None
             rows.append((candidate, phase, str(layer), *map(number, both), number(factor), f"{alone.n:,}"))
@@ -189,6 +204,7 @@ def positions(records: Sequence[Record]) -> Table:
     def own(r: PositionRecord) -> bool:
         return r.cliff is True and (r.layer, r.mode, r.probe, r.axis) not in common
 
+    told_from = reference(records)
     found = [r for r in only(records, PositionRecord) if r.rung == "total"]
     found = sorted(_ordered(records, found), key=lambda r: not own(r))
     steep = dict.fromkeys(r.candidate for r in found if own(r))
@@ -208,7 +224,7 @@ def positions(records: Sequence[Record]) -> Table:
                 interval(r.slope_lower, r.slope_upper, number), r.slope_method, f"{r.nonfinite:,}", f"{r.n:,}",
             )
             for r in found
-            if r.candidate != REFERENCE or r.cliff
+            if r.candidate != told_from or r.cliff
         ),
         text_columns=6,
     )  # fmt: skip
@@ -232,6 +248,7 @@ def direction(records: Sequence[Record]) -> Table:
                 NA if r.delta_p_rms is None else number(100 * r.delta_p_rms), f"{r.documents:,}", f"{r.n:,}",
             )
             for r in _ordered(records, only(records, TokenRecord))
+            if not again(r)
         ),
         text_columns=3,
     )  # fmt: skip
@@ -239,6 +256,7 @@ def direction(records: Sequence[Record]) -> Table:
 
 def confidence(records: Sequence[Record]) -> Table:
     """Divergence by how sure the reference is."""
+    told_from = reference(records)
     return Table(
         key="confidence",
         title="By confidence of the reference",
@@ -249,7 +267,7 @@ def confidence(records: Sequence[Record]) -> Table:
                 r.candidate, r.phase, r.frozen, f"{r.from_p:g} to {r.to_p:g}", number(r.kl_mean_nats), share(r.disagreed_share), f"{r.n:,}",
             )
             for r in _ordered(records, only(records, ConfidenceRecord))
-            if r.candidate != REFERENCE
+            if r.candidate != told_from
         ),
         text_columns=4,
     )  # fmt: skip
@@ -286,7 +304,7 @@ def worst(records: Sequence[Record]) -> list[WorstTokenRecord]:
 
 def place_curves(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Errors by position as curves, for the figures; floors among them. The middle of each bin stands for it."""
-    names = [c.candidate for c in only(records, CandidateRecord)]
+    names, told_from = [c.candidate for c in only(records, CandidateRecord)], reference(records)
     curves = []
     for r in _ordered(records, only(records, PositionRecord)):
         width = r.starts[1] - r.starts[0] if len(r.starts) > 1 else 1
@@ -294,7 +312,7 @@ def place_curves(records: Sequence[Record]) -> list[dict[str, Any]]:
         curves.append(
             {
                 "name": FLOOR_NAMES.get(r.rung, r.rung) if floor else r.candidate,
-                "role": "floor" if floor else "control" if r.candidate == REFERENCE else "candidate",
+                "role": "floor" if floor else "control" if r.candidate == told_from else "candidate",
                 "index": names.index(r.candidate) if r.candidate in names else len(names),
                 "probe": r.probe,
                 "mode": r.mode,
@@ -346,8 +364,8 @@ def spans(layers: Sequence[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
-def _is_attention(record: LayerRecord, rung: str, mode: str) -> bool:
-    return (record.probe, record.rung, record.mode, record.frozen) == ("attention", rung, mode, "none")
+def _is_output(record: LayerRecord, probe: str, rung: str, mode: str) -> bool:
+    return (record.probe, record.rung, record.mode, record.frozen) == (probe, rung, mode, "none")
 
 
 def _signed(value: float | None) -> str:

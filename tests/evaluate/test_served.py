@@ -39,10 +39,17 @@ TASK, DOCUMENTS, TOPK = "evalkit_multi_key_384", 2, 64
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
+    return small_checkpoint(tmp_path_factory.mktemp("small"), 1)
+
+
+def small_checkpoint(directory, layers):
     """A checkpoint that a stand-in answers from in a moment."""
-    directory = tmp_path_factory.mktemp("small")
     random_model(
-        vocab_size=1024, num_hidden_layers=1, max_position_embeddings=2048, index_topk=TOPK, eos_token_id=2
+        vocab_size=1024,
+        num_hidden_layers=layers,
+        max_position_embeddings=2048,
+        index_topk=TOPK,
+        eos_token_id=2,
     ).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EMBEDDED / "dsa-nano" / name, directory)
@@ -234,7 +241,7 @@ def test_an_engine_that_cannot_start_ends_the_run_in_one_line(stand_in, settings
         ({"engine": "vllm", "memory_share": "much"}, "memory_share is 'much': it takes a number"),
         ({"engine": "vllm", "tensor_parallel": "0"}, "tensor_parallel is 0: it must be at least 1"),
         ({"engine": "vllm", "engine_python": "nowhere"}, "engine_python is nowhere, which is no program"),
-        ({"engine": "vllm", "stages": "layers,tasks"}, "scores tasks and nothing else: run `evalkit tasks`"),
+        ({"engine": "endpoint", "endpoint": "http://a", "stages": "layers,tasks"}, "scores tasks and nothing else: run `evalkit tasks`"),
         ({"engine": "vllm", "profile": "glm-5.2"}, "profile=glm-5.2 is engine=native's"),
         ({"engine": "vllm", "batch_size": "1"}, "batch_size is 1, and half of it is for the control"),
         ({"engine": "vllm", "max_length": "4096"}, "max_length is 4096, the checkpoint holds 2048"),

@@ -14,7 +14,8 @@ class Arm:
     """One pass over the documents.
 
     name: what its samples carry. batch_size: sequences that decode together, at most. against: the arm that it is
-    paired with. damage: see `evalkit.evaluate.damage`.
+    paired with. damage: see `evalkit.evaluate.damage`. start: which fresh start of its candidate it is, from 1; 0 of an
+    arm that differs in more than that. shows_layers: whether a serving engine shows its layers; else its logits alone.
     """
 
     name: str
@@ -22,6 +23,8 @@ class Arm:
     batch_size: int
     against: str | None = None
     damage: float = 0.0
+    start: int = 0
+    shows_layers: bool = False
 
 
 def arms_of(
@@ -31,24 +34,28 @@ def arms_of(
     baseline, *others = candidates
     size = max(1, min(batch_size, documents) // 2)  # of what is decoded together, documents permitting
     control = Arm(name=f"{baseline}, batches of {size}", candidate=baseline, batch_size=size)
+    first = Arm(name=str(baseline), candidate=baseline, batch_size=batch_size, start=1, shows_layers=True)
     found = [
         control,
-        Arm(name=str(baseline), candidate=baseline, batch_size=batch_size, against=control.name),
+        replace(first, against=control.name),
     ]
     if damage is not None:
         name = damage_arm(str(baseline), damage)
         found.append(Arm(name=name, candidate=baseline, batch_size=batch_size, damage=damage))
-    return found + [
-        Arm(name=str(other), candidate=other, batch_size=batch_size, against=str(baseline))
-        for other in others
-    ]
+    return found + [replace(first, name=str(other), candidate=other, against=first.name) for other in others]
 
 
 def starts_of(arms: Sequence[Arm], starts: int) -> list[Arm]:
     """What begins afresh for each candidate, from the second start on; each is paired with the first."""
-    own = [arm for arm in arms if arm.name == str(arm.candidate)]
+    own = [arm for arm in arms if arm.start == 1]
     return [
-        replace(arm, name=f"{arm.name}, start {start}", against=arm.name)
+        replace(
+            arm,
+            name=f"{arm.name}, start {start}",
+            against=arm.name,
+            start=start,
+            shows_layers=start == 2 and arm is own[0],  # a floor: the baseline once more
+        )
         for start in range(2, starts + 1)
         for arm in own
     ]

@@ -1,4 +1,4 @@
-"""What tasks will ask, before any engine has started: their requests as token ids, task by task."""
+"""What engines will be asked, before any has started: tasks' requests as token ids, and documents for layers."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Asked:
         self.max_length = max_length
         self.prompts: dict[str, list[Prompt]] = {}
         self.spans: dict[str, list[Span]] = {}
+        self.documents: Sequence[Sequence[int]] = ()  # whose layers are shown
 
     @property
     def tasks(self) -> list[str]:
@@ -35,7 +36,7 @@ class Asked:
         """Tokens of the longest request, what it may generate included; 0 where there is none."""
         prompts = (len(one.ids) + one.max_new for each in self.prompts.values() for one in each)
         spans = (len(one.context) + len(one.continuation) for each in self.spans.values() for one in each)
-        return max([*prompts, *spans], default=0)
+        return max([*prompts, *spans, *map(len, self.documents)], default=0)
 
     def stored(self, request: Prompt | Span) -> bool:
         return False

@@ -43,9 +43,6 @@ class Scorer(Protocol):
     def arms(self, damage: float | None) -> list[Arm]:
         """Every pass, in an order in which each comes after what it is paired with."""
 
-    def fetch(self, arms: Sequence[Arm], run: Path) -> None:
-        """Ask whatever is best asked for many arms at once; answers lie in the run's directory afterwards."""
-
     def lm(self, arm: Arm, run: Path) -> AbstractContextManager[EvalkitLM]:
         """What `run_tasks` asks."""
 
@@ -53,7 +50,7 @@ class Scorer(Protocol):
         """What ran, where that is known only now."""
 
     def seconds(self, arm: Arm, task: str) -> float:
-        """What `fetch` took for it."""
+        """What asking it took before; 0 where it is asked as it is scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +76,6 @@ class NativeScorer:
 
     def arms(self, damage: float | None) -> list[Arm]:
         return arms_of(self.candidates, self.batch_size, self.documents, damage)
-
-    def fetch(self, arms: Sequence[Arm], run: Path) -> None:
-        """Nothing: a model answers as it is asked."""
 
     @contextmanager
     def lm(self, arm: Arm, run: Path) -> Iterator[EvalkitLM]:

@@ -1,4 +1,4 @@
-"""A run's tasks on vLLM: how an arm is launched, which GPUs it gets, and its record from its own account."""
+"""A run on vLLM: how an arm is launched, which GPUs it gets, and its record from its own account."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from evalkit.evaluate.engines.vllm import VllmEngine
 from evalkit.records import CandidateRecord
 
 LENGTH_STEP = 1024  # of an engine's longest context
+IN_ONE_PIECE = (
+    8192  # tokens of a prompt that every version's default takes in one step on a GPU of 70 GiB and more
+)
 # Where a candidate names no backend.
 BEST_BACKEND, BEST_OF = "flashmla", {"fp8_e4m3": "flashinfer"}
 
@@ -52,6 +55,7 @@ class VllmScorer(Served):
         scales = {}
         if candidate.scales == "checkpoint":
             scales = {layer: one.latent for layer, one in kv.from_checkpoint(self.checkpoint).items()}
+        piece = max(map(len, self.asked.documents), default=0)
         needed = -(-(self.asked.longest + 2) // LENGTH_STEP) * LENGTH_STEP
         return launch(
             self.checkpoint,
@@ -66,6 +70,7 @@ class VllmScorer(Served):
             memory_share=config.memory_share,
             gpus=gpus,
             seed=config.seed,
+            extra={"max_num_batched_tokens": piece} if piece > IN_ONE_PIECE else {},
         )
 
     def arms(self, damage: float | None) -> list[Arm]:

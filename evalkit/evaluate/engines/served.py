@@ -1,7 +1,8 @@
-"""A run's tasks on serving engines: which engine an arm gets, several side by side, and what they prove of themselves.
+"""A run on serving engines: which engine an arm gets, several side by side, and what they prove of themselves.
 
-Answers are fetched first, one engine for each arm, as many at once as GPUs have room for, each kept in
-`engines/<arm>/` of the run as it comes. Tasks then score from there, so that a run which was killed asks nothing twice.
+Answers, and where they are asked for layers and logits, are fetched first, one engine for each arm, as many at once as
+GPUs have room for, each kept in `engines/<arm>/` of the run as it comes. Layers are compared and tasks scored from
+there, so that a run which was killed asks nothing twice.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.arms import Arm, arms_of
 from evalkit.evaluate.engines.asked import Asked
+from evalkit.evaluate.engines.shown import Shown
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import ask, load_tasks
 from evalkit.model.load import read_json
@@ -54,7 +56,8 @@ class Served(ABC):
         about = read_json(checkpoint / "config.json")
         self.topk, self.heads = int(about["index_topk"]), int(about["num_attention_heads"])
         self.asked = Asked(checkpoint, self.longest(int(about["max_position_embeddings"])))
-        tasks = load_tasks(config.tasks, config.task_documents, config.seed, config.data)
+        named = config.tasks if "tasks" in config.stages else ()
+        tasks = load_tasks(named, config.task_documents, config.seed, config.data)
         ask(EvalkitLM(engine=self.asked), tasks, config.task_documents, config.seed)
         self.candidates = tuple(self.resolve(Candidate.parse(text)) for text in requested)
         self.rooms()
@@ -108,8 +111,12 @@ class Served(ABC):
     def seconds(self, arm: Arm, task: str) -> float:
         return self._seconds.get((arm.name, task), 0.0)
 
-    def fetch(self, arms: Sequence[Arm], run: Path) -> None:
-        """Ask every arm's engine all that tasks will ask, side by side where there is room."""
+    def fetch(self, arms: Sequence[Arm], run: Path, layers: bool = False) -> Shown:
+        """Ask the engines all that tasks will ask of these arms, and with `layers` to show every start's documents."""
+        shown = Shown(self.asked.documents if layers else (), run / FOLDER)
+        if layers:
+            shown.refuse_others()
+        unasked = {arm.name for arm in arms}
         free: SimpleQueue[list[Gpus]] = SimpleQueue()
         for room in self.rooms():
             free.put(room)
@@ -117,20 +124,33 @@ class Served(ABC):
         def fetch(arm: Arm, held: list[Any]) -> None:
             room = free.get()
             try:
-                self._fetch(arm, _folder(run, arm), room, held)
+                asked = self.asked.tasks if arm.name in unasked else []
+                self._fetch(arm, _folder(run, arm), room, held, asked, shown)
             finally:
                 free.put(room)
 
-        _at_once(free.qsize(), [partial(fetch, arm) for arm in arms])
+        every = [arm for arm in self.arms(None) if arm.name in unasked or shown.wants(arm)]
+        _at_once(free.qsize(), [partial(fetch, arm) for arm in every])
+        return shown
 
-    def _fetch(self, arm: Arm, folder: Path, room: Sequence[Gpus], held: list[Any]) -> None:
+    def _fetch(
+        self,
+        arm: Arm,
+        folder: Path,
+        room: Sequence[Gpus],
+        held: list[Any],
+        tasks: Sequence[str],
+        shown: Shown,
+    ) -> None:
         engines = [
             self.engine(arm, folder if not share else folder / f"share-{share}", gpus)
             for share, gpus in enumerate(room)
         ]
         held.extend(engines)
         try:
-            for task in self.asked.tasks:
+            if shown.wants(arm):
+                shown.keep(arm, engines[0])
+            for task in tasks:
                 began = time.perf_counter()
                 shares = [
                     partial(self._ask, engine, task, slice(share, None, len(engines)))
@@ -176,16 +196,47 @@ def refuse_unserved(config: RunConfig) -> None:
     """Refuse what a serving engine cannot do.
 
     Raises:
-        InputError: layers or divergences are asked for, or what only this project's own path has.
+        InputError: something is asked for that only this project's own path has, or of a server what only vLLM shows.
     """
-    place = f"engine is {config.engine}, which scores tasks and nothing else"
-    if config.stages != ("tasks",):
-        raise InputError(f"{place}: run `evalkit tasks`, or set stages=tasks; layers are engine=native's")
+    place = f"engine is {config.engine}"
+    if config.engine == "endpoint" and config.stages != ("tasks",):
+        raise InputError(
+            f"{place}, which scores tasks and nothing else: run `evalkit tasks`, or set stages=tasks; layers are "
+            "engine=native's and engine=vllm's"
+        )
+    if "kld" in config.stages and (config.kld_texts or config.kld_run or config.stages == ("kld",)):
+        raise InputError(
+            f"{place}: kld_texts and kld_run are engine=native's; with the stage layers, a vLLM run has the KL divergence "
+            "of its layer documents"
+        )
+    if "layers" in config.stages:
+        _refuse_unshown(config, place)
     for key in ("profile", "device", "dtype"):
         if getattr(config, key) != getattr(RunConfig(), key):
             raise InputError(f"{place}: {key}={getattr(config, key)} is engine=native's; leave it out")
     if config.batch_size != "auto" and config.batch_size < 2:
         raise InputError(f"{place}: batch_size is 1, and half of it is for the control; give at least 2")
+
+
+def _refuse_unshown(config: RunConfig, place: str) -> None:
+    """Refuse layers that an engine cannot show."""
+    if not config.eager:
+        raise InputError(
+            f"{place}: layers are seen without CUDA graphs only, and eager is false: set eager=true, or run `evalkit tasks`"
+        )
+    for key in ("tensor_parallel", "pipeline_parallel"):
+        if getattr(config, key) > 1:
+            raise InputError(
+                f"{place}: layers are seen in one process, and {key} is {getattr(config, key)}: set it to 1, or run "
+                "`evalkit tasks`"
+            )
+    for key in ("attribution", "layers_frozen"):
+        if getattr(config, key):
+            raise InputError(f"{place}: {key} is engine=native's; leave it out")
+    if config.layers_prompt_tokens < 2:
+        raise InputError(
+            f"{place}: layers_prompt_tokens is 1, and the first token has no prediction; give at least 2"
+        )
 
 
 def _folder(run: Path, arm: Arm) -> Path:

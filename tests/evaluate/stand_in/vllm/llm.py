@@ -74,8 +74,9 @@ class LLM:
         options.heads = self.native.config.num_attention_heads
         options.topk = self.native.config.index_topk
         self.model = model_of(self.native, options)
-        # The difference between two kernels.
+        # The difference between two kernels, and between two starts.
         self.noise = 2e-3 if kwargs["attention_backend"] == "FLASH_ATTN_MLA_SPARSE" else 0.0
+        self.drift = SCRIPT.get("drift", 0.0)
         self.llm_engine = LLMEngine(self)
 
     def apply_model(self, func):
@@ -166,18 +167,25 @@ def run(self, ids):
     for number, layer in enumerate(self.model.model.layers):
         found = seen.layers[number].joined()
         wrapper = layer.self_attn.mla_attn
-        wrapper.mla_attn.show(cache.state.layers[number], found["values"].flatten(1), found["selection"])
+        values = self.disturbed(found["values"].flatten(1), len(ids) + number)
+        wrapper.mla_attn.show(cache.state.layers[number], values, found["selection"])
         CONTEXT.slot_mapping[wrapper.mla_attn.layer_name] = torch.arange(len(ids))
         states = hidden[number][0]
         latent, rope = (found[name].to(torch.bfloat16) for name in ("latent", "rope"))
         wrapper.mla_attn(states, latent, rope[:, None], output_shape=None)
         wrapper.shown = found["output"]
         wrapper(torch.arange(len(ids)), states, None)
-    generator = torch.Generator().manual_seed(len(ids))
-    return (out + self.noise * torch.randn(out.shape, generator=generator)).bfloat16()
+    return self.disturbed(out, len(ids)).bfloat16()
 
 
-LLM.run = run
+def disturbed(self, values, seed):
+    for size, number in ((self.noise, seed), (self.drift, seed + 1000 * os.getpid())):
+        generator = torch.Generator().manual_seed(number)
+        values = values + size * torch.randn(values.shape, generator=generator)
+    return values
+
+
+LLM.run, LLM.disturbed = run, disturbed
 
 
 class PerLayer:

@@ -1,0 +1,209 @@
+"""Compares what serving engines showed of their layers and logits with what the baseline's own engine showed.
+
+Each start of a candidate's engine left one safetensors file a document (evaluate/engines/inside.py writes them), of the
+same tokens, prefilled in one piece. The reference is the baseline's first start, and everything is propagated: each
+engine ran the whole model on its candidate. The floors are `floor:kernel`, the first candidate that stores bf16 on
+another backend, and `floor:start`, the baseline's second start.
+
+An engine shows no latent attention output: `values`, which is after W_UV, stands for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from evalkit.candidate import Candidate
+from evalkit.compare import noise
+from evalkit.compare.arms import PREFILL, PROPAGATED, Arm, Subject
+from evalkit.compare.cells import Cell
+from evalkit.compare.metrics import Accumulator
+from evalkit.compare.rows import layer_record, token_record
+from evalkit.compare.selection import SelectionAccumulator, recall
+from evalkit.compare.tokens import TokenAccumulator
+from evalkit.compare.watch import Decode, Watch
+from evalkit.errors import InputError
+from evalkit.records import FloorRecord, Record
+
+PROBES: Final = ("latent", "rope", "values", "output")
+OUTPUT: Final = "values"
+
+Shown = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of a candidate's engine.
+
+    name: what its records carry: the candidate, or `candidate, start N`. files: one a document, with logits [T - 1, V];
+    of first starts and of the baseline's second also with every layer's tensors [T, ...].
+    """
+
+    name: str
+    candidate: Candidate
+    files: Sequence[Path]
+
+    @property
+    def is_first(self) -> bool:
+        return self.name == str(self.candidate)
+
+    def layers(self) -> list[int]:
+        """The layers that every file has.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = set.intersection(*(set(_layers_in(file)) for file in self.files))
+        if not found:
+            raise InputError(f"{self.files[0]} holds no layer: the engine showed none of {', '.join(PROBES)}")
+        return sorted(found)
+
+    def shown(self, document: int, layer: int, device: str) -> Shown:
+        """What one layer showed of one document, by probe."""
+        wanted = (*PROBES, "selection")
+        with safe_open(self.files[document], framework="pt", device=device) as file:
+            return {probe: file.get_tensor(f"{layer}.{probe}") for probe in wanted}
+
+    def logits(self, document: int, device: str) -> Tensor:
+        """[T - 1, V], what predicts the second token to the last."""
+        with safe_open(self.files[document], framework="pt", device=device) as file:
+            found: Tensor = file.get_tensor("logits")
+        return found
+
+
+class ShownCell(Cell):
+    """A cell of what an engine shows: without the layer's output, scores, routing and lost mass, which it does not."""
+
+    def add_shown(self, got: Shown, ref: Shown) -> None:
+        """Compare one document."""
+        for probe in PROBES:
+            self._compare(PREFILL, probe, got[probe], ref[probe])
+        shares = recall(got["selection"], ref["selection"])
+        self._compare(PREFILL, "selection", shares, torch.ones_like(shares))
+        if not self.arm.subject.is_floor:
+            self.selections.setdefault(PREFILL, SelectionAccumulator()).add(shares)
+        count = (ref["selection"] >= 0).sum(1).double()
+        lost = ((1 - shares) * count).round()
+        self.dropped.append(torch.stack([lost, count, torch.full_like(lost, torch.nan)], 1).cpu())
+        for key, accumulator in self.metrics.items():
+            self.errors.setdefault(key, []).append(accumulator.take_rows())
+
+
+def compare(
+    documents: Sequence[Tensor],
+    starts: Sequence[Start],
+    *,
+    topk: int,
+    device: str = "cpu",
+    decode: Decode | None = None,
+    advance: Callable[[], None] | None = None,
+) -> Iterator[Record]:
+    """Every probe of every layer, selections and next tokens of every candidate; of later starts the next tokens.
+
+    Args:
+        documents: token ids [T] int64.
+        starts: the baseline's first one first; each candidate's first start is there.
+        topk: keys that the indexer selects.
+        device: where figures are computed.
+        decode: token ids as text.
+        advance: called `count_steps(...)` times.
+
+    Yields:
+        FloorRecord, LayerRecord, SelectionRecord, TokenRecord and what `Watch` finds.
+
+    Raises:
+        InputError: files hold no layer, or not the same ones.
+    """
+    step = advance or (lambda: None)
+    baseline = starts[0]
+    arms = _arms(starts)
+    for kind, reason in (
+        (noise.KERNEL, "no candidate stores bf16 on another backend"),
+        (noise.START, "engine_starts is 1"),
+    ):
+        found = next((start for arm, start in arms if arm.subject.rung == kind), None)
+        if found is not None:
+            yield FloorRecord(rung=kind, candidate=str(found.candidate), reason="")
+        else:
+            # It is the reference all the same, and a report says so by this record.
+            named = str(baseline.candidate) if kind == noise.START else None
+            yield FloorRecord(rung=kind, candidate=named, reason=reason)
+    layers = baseline.layers()
+    for _, start in arms:
+        if start.layers() != layers:
+            raise InputError(f"{start.files[0]} holds layers {start.layers()}, the baseline's {layers}")
+    watch = Watch(documents, [len(ids) for ids in documents], topk, decode, output=OUTPUT)
+    for layer in layers:
+        cells = [ShownCell(arm, layer) for arm, _ in arms]
+        for document in range(len(documents)):
+            read = {start.name: start.shown(document, layer, device) for _, start in arms}
+            for cell, (_, start) in zip(cells, arms, strict=True):
+                cell.add_shown(read[start.name], read[baseline.name])
+                step()
+        for cell in cells:
+            yield from cell.records()
+        yield from watch.layer(layer, cells)
+    yield from _next_tokens(starts, arms, watch, device, step)
+
+
+def count_steps(starts: Sequence[Start], documents: int) -> int:
+    """How often `compare` calls `advance`."""
+    return documents * (len(starts[0].layers()) * len(_arms(starts)) + len(starts))
+
+
+def _next_tokens(
+    starts: Sequence[Start],
+    arms: Sequence[tuple[Arm, Start]],
+    watch: Watch,
+    device: str,
+    step: Callable[[], None],
+) -> Iterator[Record]:
+    metrics = {start.name: Accumulator() for start in starts}
+    tokens = {start.name: TokenAccumulator() for start in starts}
+    for document, ids in enumerate(watch.documents):
+        ref = starts[0].logits(document, device)
+        place = watch.place(document, slice(0, len(ids) - 1))
+        for start in starts:
+            got = start.logits(document, device)
+            metrics[start.name].add(got, ref)
+            tokens[start.name].add(got, ref, place)
+            step()
+    for arm, start in arms:
+        yield layer_record(arm, None, PREFILL, "logits", arm.subject.rung, metrics[start.name].result())
+        if not arm.subject.is_floor:
+            yield token_record(arm, PREFILL, tokens[start.name].result())
+        yield from watch.diverged(arm, {PREFILL: tokens[start.name]})
+    for start in starts:
+        if not start.is_first:
+            again = token_record(_total(start), PREFILL, tokens[start.name].result())
+            yield replace(again, candidate=start.name)
+    yield from watch.end()
+
+
+def _arms(starts: Sequence[Start]) -> list[tuple[Arm, Start]]:
+    """Every candidate's first start as the candidate, then the floors, each with the start that shows it."""
+    baseline, firsts = starts[0], [start for start in starts if start.is_first]
+    same, own = baseline.candidate.format, baseline.candidate.backend
+    kernel = [s for s in firsts if s.candidate.format == same and s.candidate.backend != own]
+    again = [s for s in starts[1:] if s.candidate == baseline.candidate]
+    floors = [(kind, found[0]) for kind, found in ((noise.KERNEL, kernel), (noise.START, again)) if found]
+    return [(_total(start), start) for start in firsts] + [
+        (Arm(subject=Subject(candidate=start.candidate, rung=kind), mode=PROPAGATED), start)
+        for kind, start in floors
+    ]
+
+
+def _total(start: Start) -> Arm:
+    return Arm(subject=Subject(candidate=start.candidate), mode=PROPAGATED)
+
+
+def _layers_in(file: Path) -> Iterator[int]:
+    with safe_open(file, framework="pt") as opened:
+        names: list[str] = list(opened.keys())
+    yield from (int(name.split(".")[0]) for name in names if name.endswith(f".{OUTPUT}"))
