@@ -65,12 +65,14 @@ def score(candidate: str, baseline: str, task: str, samples: list[SampleRecord])
     lost = sum(b and not a for b, a in zip(before, after, strict=True))
     gained = sum(a and not b for b, a in zip(before, after, strict=True))
     loss = (lost - gained) / len(before)
+    step = 2.0 + 0.1 * len(candidate) + TASKS.index(task) if task in TASKS else 3.0
     return filled(
         TaskRecord,
         candidate=candidate, baseline=baseline, task=task, metric="exact_match", filter="answer", n=len(before),
         score=sum(after) / len(after), score_lower=0.7, score_upper=0.99, baseline_score=sum(before) / len(before), loss=loss,
         loss_lower=loss - 0.05, loss_upper=loss + 0.06, interval_method="tango", lost=lost, gained=gained, mcnemar_p=0.5,
-        wall_s=100.0 + 7 * len(candidate),
+        wall_s=100.0 + 7 * len(candidate), decode_step_ms=step, decode_step_lower_ms=0.97 * step, decode_step_upper_ms=1.04 * step,
+        decode_sequences=8, decode_columns=1024.5, decode_steps=1234, decode_graph=candidate != BASELINE,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from evalkit.report.answers import answers
 from tests.report import answered
 from tests.report.answered import BASELINE, CONTROL, DAMAGED, HOSTILE, TASKS, token_text
 from tests.report.browser import Browser, browsers
+from tests.report.conftest import CANDIDATES
 
 Browse = Callable[..., Browser]
 
@@ -147,10 +148,23 @@ def test_the_chart_holds_every_candidates_bytes_loss_and_divergence(run: RunDire
         assert (one["kl"]["value"], one["kl"]["n"]) == (token.kl_mean_nats, token.n)
         for task in one["tasks"]:
             (score,) = [r for r in only(records, TaskRecord) if (r.candidate, r.task) == (record.candidate, task["task"])]  # fmt: skip
-            tokens = sum(s.generated_tokens or 0 for s in read_samples(run.path) if (s.candidate, s.task) == (record.candidate, task["task"]))  # fmt: skip
             assert task["value"] == 100 * score.loss
             assert (task["lower"], task["upper"]) == (100 * score.loss_lower, 100 * score.loss_upper)
-            assert task["ms"] == pytest.approx(1000 * score.wall_s / tokens)
+            assert task["time"] == {
+                "value": score.decode_step_ms, "lower": score.decode_step_lower_ms, "upper": score.decode_step_upper_ms,
+                "sequences": 8, "columns": 1024.5, "steps": 1234, "graph": record.candidate != BASELINE,
+            }  # fmt: skip
+
+
+def test_a_task_whose_steps_nobody_timed_has_no_time_on_the_chart(run: RunDirectory):
+    records = [untimed(r) if isinstance(r, TaskRecord) and r.task == TASKS[1] else r for r in run.read()]
+    for one in plots.tradeoff(records)["candidates"]:
+        assert {task["task"]: task["time"] is None for task in one["tasks"]} == {TASKS[0]: False, TASKS[1]: True}  # fmt: skip
+
+
+def untimed(record: TaskRecord) -> TaskRecord:
+    """As records were before decode steps were timed."""
+    return dataclasses.replace(record, decode_step_ms=None, decode_step_lower_ms=None, decode_step_upper_ms=None, decode_sequences=None, decode_columns=None, decode_steps=None, decode_graph=None)  # fmt: skip
 
 
 def test_the_table_of_answers_prints_its_records(run: RunDirectory):
@@ -281,11 +295,40 @@ def test_the_chart_shows_the_records_values(page: Path, run: RunDirectory, brows
         record = kl[name.partition(" (")[0]]
         assert y == (pytest.approx(record.kl_mean_nats) if record.kl_mean_nats else None)
         assert "n = 2,048" in hover
+    assert not any(browser.script("document.getElementById('trade-chart').data.map(t => t.error_x.visible)"))
+    title = "document.querySelector('#trade-chart .xtitle').textContent"
+    assert browser.script(title) == "bytes per token"
     choose(browser, "trade-across", "ms")
-    times = {one["name"]: one["tasks"][0]["ms"] for one in plots.tradeoff(records)["candidates"]}
-    for name, x in browser.script("document.getElementById('trade-chart').data.map(t => [t.name, t.x[0]])"):
-        assert x == pytest.approx(times[name.partition(" (")[0]], rel=0.02)
-    assert browser.script("document.querySelector('#trade-chart .xtitle').textContent") == "task wall ms per generated token"  # fmt: skip
+    across = "document.getElementById('trade-chart').data.map(t => [t.name, t.x[0], t.error_x.visible, t.error_x.array[0], t.error_x.arrayminus[0], t.text[0]])"
+    for task, timed_on in (("", TASKS[0]), (TASKS[0], TASKS[0]), (TASKS[1], TASKS[1])):
+        choose(browser, "trade-down", task)
+        points = browser.script(across)
+        assert len(points) == len(CANDIDATES)
+        for name, x, visible, above, below, hover in points:
+            (score,) = [r for r in only(records, TaskRecord) if (r.candidate, r.task) == (name.partition(" (")[0], timed_on)]  # fmt: skip
+            assert x == score.decode_step_ms
+            assert visible
+            assert (x - below, x + above) == pytest.approx((score.decode_step_lower_ms, score.decode_step_upper_ms))  # fmt: skip
+            assert f"ms a decode step of 8 sequences, 95 %: {score.decode_step_lower_ms:#.3g} to " in hover
+            assert ("in a CUDA graph" in hover) == score.decode_graph
+    assert browser.script(title) == "ms a decode step of 8 sequences"
+    drawn = "[...document.querySelectorAll('#trade-chart .xerror')].filter(bar => bar.getBoundingClientRect().width > 2).length"
+    assert browser.script(drawn) == len(CANDIDATES), "bars across"
+
+
+@browsers
+def test_without_timed_steps_the_chart_offers_bytes_alone(run: RunDirectory, tmp_path: Path, browse: Browse):
+    made: Any = RunDirectory.create(tmp_path, "untimed", {}, "evalkit run")
+    with made.stage("all") as write:
+        for record in [*run.read(), *read_samples(run.path)]:
+            if record.kind != "stage":
+                write.write(untimed(record) if isinstance(record, TaskRecord) else record)  # type: ignore[arg-type]
+    page = html.write(made.path)
+    browser = browse(page)
+    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    assert browser.script("[...document.getElementById('trade-across').options].map(o => o.value)") == ["bytes"]  # fmt: skip
+    assert "No decode step was timed in this run." in page.read_text(encoding="utf-8")
+    assert browser.script("document.getElementById('trade-chart').data.length") == len(CANDIDATES)
 
 
 @browsers

@@ -90,6 +90,30 @@ def test_a_number_that_does_not_exist_reads_na(run: RunDirectory):
     assert tables.tasks([task]).rows[0][3].endswith("[n/a]")
 
 
+def test_a_decode_step_stands_beside_the_bytes_where_one_was_timed(run: RunDirectory):
+    """That of the task with most steps timed; how tasks were scored has each."""
+    records = run.read()
+    assert "decode step, ms" not in tables.candidates(records).columns
+    assert {row[-4:-1] for row in tables.scoring(records).rows} == {("n/a", "n/a", "n/a")}
+    timed = [
+        replace(r, decode_step_ms=12.345, decode_step_lower_ms=None if r.task == "needle" else 11.0,
+                decode_step_upper_ms=None if r.task == "needle" else 14.0, decode_sequences=8, decode_columns=700.0,
+                decode_steps=2000 if r.task == "registers" else 3, decode_graph=r.task == "registers")
+        if isinstance(r, TaskRecord) and r.candidate == CANDIDATES[2]
+        else r
+        for r in records
+    ]  # fmt: skip
+    table = tables.candidates(timed)
+    assert table.columns[:3] == ("candidate", "bytes/token", "decode step, ms")
+    steps = {row[0]: row[2] for row in table.rows}
+    assert steps == {name: "12.3 [11, 14]" if name == CANDIDATES[2] else "n/a" for name in CANDIDATES}
+    assert "decode step" in table.caption
+    scoring = {row[:2]: row[-4:-1] for row in tables.scoring(timed).rows}
+    assert scoring["registers", CANDIDATES[2]] == ("12.3 [11, 14]", "8", "2,000 (graph)")
+    assert scoring["needle", CANDIDATES[2]] == ("12.3 [n/a]", "8", "3")
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
 def test_the_headline_divergence_is_of_the_free_running_model_over_the_most_tokens(run: RunDirectory):
     free = only(run.read(), TokenRecord)[0]
     others = [
