@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,34 @@ def test_the_chart_shows_the_records_values(page: Path, run: RunDirectory, brows
     assert browser.script(title) == "ms a decode step of 8 sequences"
     drawn = "[...document.querySelectorAll('#trade-chart .xerror')].filter(bar => bar.getBoundingClientRect().width > 2).length"
     assert browser.script(drawn) == len(CANDIDATES), "bars across"
+
+
+@browsers
+def test_equal_losses_do_not_hide_each_others_times(run: RunDirectory, tmp_path: Path, browse: Browse):
+    """Markers are set apart by a few pixels; times and the ends of all bars stay what the records say."""
+    made: Any = RunDirectory.create(tmp_path, "equal", {}, "evalkit run")
+    with made.stage("all") as write:
+        for record in [*run.read(), *read_samples(run.path)]:
+            if record.kind != "stage":
+                same = {"loss": 0.0, "loss_lower": -0.1, "loss_upper": 0.2}
+                write.write(dataclasses.replace(record, **same) if isinstance(record, TaskRecord) else record)  # type: ignore[arg-type]
+    browser = browse(html.write(made.path))
+    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    choose(browser, "trade-across", "ms")
+    points = browser.script(
+        "document.getElementById('trade-chart').data.map(t => [t.name, t.x[0], t.y[0], t.error_y.array[0], t.error_y.arrayminus[0]])"
+    )
+    times = {r.candidate: r.decode_step_ms for r in only(run.read(), TaskRecord) if r.task == TASKS[0]}
+    assert {name: x for name, x, *_ in points} == times
+    for _, _, y, above, below in points:
+        assert (y - below, y + above) == pytest.approx((-10, 20))
+    heights = browser.script(
+        "[...document.querySelectorAll('#trade-chart .points path')].map(p => p.getBoundingClientRect()).map(r => r.y + r.height / 2)"
+    )
+    assert len(heights) == len(CANDIDATES)
+    assert heights == sorted(heights), "the first candidate is at the top"
+    assert min(b - a for a, b in pairwise(heights)) > 5
+    assert max(abs(y) for _, _, y, *_ in points) < 2
 
 
 @browsers
