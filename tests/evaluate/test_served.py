@@ -22,6 +22,7 @@ from evalkit.records import (
     SampleRecord,
     StageRecord,
     TaskRecord,
+    file_name,
     only,
     read_samples,
     to_line,
@@ -194,6 +195,23 @@ def test_a_run_goes_on_from_the_answers_that_are_there(run, stand_in, tmp_path):
 
     assert timeless(RunDirectory(stopped).read()) == timeless(records)
     assert timeless(read_samples(stopped)) == timeless(read_samples(run.path))
+
+
+def test_a_run_does_not_go_on_with_another_version_of_vllm(run, stand_in, tmp_path):
+    """Nor with other arms than those that had begun: what two versions make is no candidate's loss."""
+    stopped = tmp_path / run.path.name
+    shutil.copytree(run.path, stopped)
+    records = run.read()
+    kept = records[: next(i for i, r in enumerate(records) if getattr(r, "candidate", None) == STARTS[0])]
+    (stopped / "records.jsonl").write_text("".join(map(to_line, kept)))
+    for name in STARTS:
+        shutil.rmtree(stopped / "engines" / file_name(name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STAND_IN_VERSION", "0.25.1")
+        with pytest.raises(InputError, match=r"vLLM 0\.25\.1, 0\.33\.0") as error:
+            pipeline.run(RunConfig.from_json(RunDirectory(stopped).config), stopped)
+    assert "\n" not in str(error.value)
+    assert len(RunDirectory(stopped).read()) == len(kept)
 
 
 def test_a_worker_that_dies_and_shares_of_the_documents_change_no_answer(

@@ -245,6 +245,16 @@ def test_layers_and_logits_are_kept_as_the_engine_computed_them(start, tokenizer
             assert torch.equal(ours.view(torch.uint8), rows)
 
 
+def test_documents_of_two_versions_do_not_lie_in_one_folder(start, tokenizer):
+    """Nothing was answered yet: layers are shown before tasks are asked."""
+    documents = [tokenizer(text)["input_ids"] for text in ("the first of them", "another of them")]
+    first = start(version="0.25.1")
+    first.keep(documents[:1])
+    first.close()
+    with pytest.raises(InputError, match=r"was begun with vllm 0\.25\.1, here it is 0\.33\.0"):
+        start(version="0.33.0").keep(documents)
+
+
 def test_layers_need_eager_mode(start):
     with pytest.raises(InputError, match="eager"):
         start(eager=False).keep([[1, 2]], layers=True)

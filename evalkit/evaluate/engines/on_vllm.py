@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from evalkit.errors import InputError
 from evalkit.evaluate.engines.arms import Arm, starts_of
 from evalkit.evaluate.engines.launch import Launch, launch
 from evalkit.evaluate.engines.served import Gpus, Served
-from evalkit.evaluate.engines.vllm import VllmEngine
+from evalkit.evaluate.engines.shown import Shown
+from evalkit.evaluate.engines.vllm import PROOF, VllmEngine
 from evalkit.records import CandidateRecord
 
 LENGTH_STEP = 1024  # of an engine's longest context
@@ -96,6 +98,18 @@ class VllmScorer(Served):
         made = self.launch(arm.candidate, arm.batch_size, gpus)
         return VllmEngine(made, folder, python=self.config.engine_python)
 
+    def _fetch(
+        self,
+        arm: Arm,
+        folder: Path,
+        room: Sequence[Gpus],
+        held: list[Any],
+        tasks: Sequence[str],
+        shown: Shown,
+    ) -> None:
+        super()._fetch(arm, folder, room, held, tasks, shown)
+        refuse_versions(folder.parent)
+
     def record(self, arm: Arm, requested: str, proof: dict[str, Any]) -> CandidateRecord:
         first, candidate = proof["layers"][0], arm.candidate
         return CandidateRecord(
@@ -123,6 +137,15 @@ class VllmScorer(Served):
         for key in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
             if getattr(self.config, key) > 1:
                 yield f"{key} {getattr(self.config, key)}"
+
+
+def refuse_versions(folder: Path) -> None:
+    """Raise InputError where engines of one run, perhaps of before it was stopped, are of several versions of vLLM."""
+    found = sorted({str(json.loads(file.read_text())["vllm"]) for file in folder.rglob(PROOF)})
+    if len(found) > 1:
+        raise InputError(
+            f"engines in {folder} ran vLLM {', '.join(found)}: their numbers would not compare; start a new run"
+        )
 
 
 def visible_gpus() -> Gpus:

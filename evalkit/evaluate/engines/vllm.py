@@ -101,7 +101,7 @@ class VllmEngine:
                 (reply,) = self._worker.ask(message)
                 self.proof = reply["started"] | {"log": self._worker.telling()}
                 refuse_other_path(self.launch, self.proof)
-                if self._kept.answers and before:
+                if before:
                     self._refuse_changed(before)
             except BaseException:
                 self.close()
@@ -215,7 +215,7 @@ class VllmEngine:
         for fact in ("vllm", "backend"):
             if before[fact] != self.proof[fact]:
                 raise InputError(
-                    f"{self.folder} holds answers of {fact} {before[fact]}, here it is {self.proof[fact]}: name a fresh "
+                    f"{self.folder} was begun with {fact} {before[fact]}, here it is {self.proof[fact]}: name a fresh "
                     "folder"
                 )
 
