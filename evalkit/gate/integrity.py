@@ -35,7 +35,7 @@ def sample_checks(
             yield Check(
                 name=f"samples: {endpoint}",
                 verdict=Verdict.ANOMALOUS,
-                reason=f"{arm} has {len(answered)} samples where {run.documents} documents were asked for.",
+                reason=f"{arm} has {len(answered)} samples of {endpoint.task} where {run.documents} documents were asked for.",
                 needs="Every document once: run the task again.",
             )
         cut = sum(s.truncated is True for s in answered) / len(answered) if answered else 0.0

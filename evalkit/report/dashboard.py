@@ -20,6 +20,7 @@ from evalkit.errors import InputError
 from evalkit.records import write_whole
 from evalkit.report.history import History, StoredRun
 from evalkit.report.html import breakable
+from evalkit.report.tables import MARKS as VERDICT_MARKS
 from evalkit.report.tables import number
 from evalkit.report.trends import Event, Series, Tile, tiles
 
@@ -27,7 +28,7 @@ EXPECTED_H = 36.0
 # What has not run for this long is no longer expected every night.
 RETIRED = timedelta(days=14)
 NOT_JUDGED = "not judged"
-MARKS = {"ANOMALOUS": "!", "WORSE": "▼", "INCONCLUSIVE": "?", "NON-INFERIOR": "✓", NOT_JUDGED: "–"}
+MARKS = VERDICT_MARKS | {NOT_JUDGED: "–"}
 SPARK_W, SPARK_H = 150, 34
 
 

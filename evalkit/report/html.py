@@ -62,6 +62,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
     environment.filters["visible"] = visible
     return environment.get_template("report.html.j2").render(
         name=run.path.name,
+        marks=tables.MARKS,
         command=run.command,
         started=run.started_utc,
         environment=next(iter(only(records, EnvironmentRecord)), None),

@@ -30,6 +30,7 @@ Named = TypeVar("Named", LayerRecord, SelectionRecord, RangeRecord, TokenRecord,
 Phased = TypeVar("Phased", LayerRecord, TokenRecord)
 
 NA = "n/a"
+MARKS = {"ANOMALOUS": "!", "WORSE": "▼", "INCONCLUSIVE": "?", "NON-INFERIOR": "✓"}
 PHASES = ("decode", "prefill")
 
 

@@ -88,7 +88,7 @@ def drop(arm: str) -> Callable[[SampleRecord], SampleRecord | None]:
         ({"layers": (0.0, {"max_abs_error": 0.0})}, "bit-identical"),
         ({"layers": (0.003, {})}, "bit-identical"),
         ({"candidate": {"bytes_per_token_read_back": 1152}}, "A token changed 1152 bytes"),
-        ({"sample": drop(CANDIDATE)}, "has 399 samples where 400 documents were asked for"),
+        ({"sample": drop(CANDIDATE)}, "has 399 samples of needle where 400 documents were asked for"),
         ({"sample": drop(BASELINE)}, "do not pair: 1 of 400 samples missing from the baseline"),
         ({"sample": change(CANDIDATE, prompt_sha256="e" * 64)}, "400 of 400 samples missing"),
         (

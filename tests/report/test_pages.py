@@ -1,13 +1,14 @@
 import io
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
 from evalkit import cli
-from evalkit.records import LayerRecord, RunDirectory, StageRecord, only
+from evalkit.records import LayerRecord, RunDirectory, StageRecord, VerdictRecord, only
 from evalkit.report import html, markdown, plots, tables, terminal, where
 from tests.report.conftest import layer_record
 
@@ -62,6 +63,37 @@ def test_every_table_stands_in_the_page_cell_by_cell(run: RunDirectory):
         for cell in row
     ]
     assert page.cells == expected
+
+
+def test_the_verdict_stands_first_with_its_reason_whole(run: RunDirectory):
+    judged = {
+        "policy": "p",
+        "policy_sha256": "d" * 64,
+        "post_hoc": False,
+        "against": None,
+        "judged_utc": "2026-01-31T13:00:00+00:00",
+    }
+    said = [
+        ("all that decide", "overall", "WORSE", "WORSE for <b>.", "nothing"),
+        ("b", "candidate", "WORSE", "2 points < 3 & more.", "Another format."),
+        ("b", "scope", "NON-INFERIOR", "not shown here", "nothing"),
+    ]
+    with run.stage("gate") as write:
+        for candidate, check, verdict, reason, needs in said:
+            write.write(
+                VerdictRecord(
+                    candidate=candidate, check=check, verdict=verdict, reason=reason, needs=needs, **judged
+                )
+            )
+    text = html.write(run.path).read_text(encoding="utf-8")
+    cards = re.findall(r'<li class="([A-Z-]+)">(.*?)</li>', text, re.DOTALL)
+    plain = [" ".join(unescape(re.sub("<[^>]*>", " ", card)).split()) for _, card in cards]
+    assert [verdict for verdict, _ in cards] == ["WORSE", "WORSE"]
+    assert plain == [
+        "▼ WORSE all that decide WORSE for <b>.",
+        "▼ WORSE b 2 points < 3 & more. What it would take: Another format.",
+    ]
+    assert text.index("2 points") < text.index('<section id="candidates">')
 
 
 def test_curves_hold_the_records_values(run: RunDirectory):
