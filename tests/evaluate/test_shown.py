@@ -399,8 +399,10 @@ def test_a_run_whose_prompts_have_changed_does_not_go_on(asked, warm_python, tmp
 
 
 def test_prompts_that_are_attended_past_the_cache_are_refused(asked, warm_python, tmp_path):
+    run = begun(asked | {"layers_prompt_tokens": str(TOPK)}, warm_python, tmp_path)
     with pytest.raises(InputError) as error:
-        resumed(begun(asked | {"layers_prompt_tokens": str(TOPK)}, warm_python, tmp_path))
+        resumed(run)
+    assert not list((run.path / "engines").glob("*/l*s/*")), "gigabytes that nothing reads"
     assert f"layers_prompt_tokens is {TOPK}: vLLM 0.33.0 attends a prompt of at most {TOPK} tokens" in str(
         error.value
     )
@@ -414,7 +416,7 @@ def test_prompts_that_are_attended_past_the_cache_are_refused(asked, warm_python
         ({"tensor_parallel": "2"}, "layers are seen in one process, and tensor_parallel is 2"),
         ({"attribution": "true"}, "attribution is engine=native's"),
         ({"layers_frozen": "true"}, "layers_frozen is engine=native's"),
-        ({"layers_prompt_tokens": "1"}, "layers_prompt_tokens is 1"),
+        ({"layers_prompt_tokens": "2"}, "layers_prompt_tokens is 2, and"),
         ({"layers_prompt_tokens": "4096"}, "is 4096, the model holds 2046"),
         ({"kld_texts": "a.txt"}, "kld_texts and kld_run are engine=native's"),
         ({"stages": "kld"}, "kld_texts and kld_run are engine=native's"),

@@ -47,15 +47,15 @@ class Shown:
         Raises:
             InputError: it attends prompts of this length past its cache, so that no stored row would be seen.
         """
-        with progress(f"layers {arm.name}", len(self.documents)) as told:
-            files = engine.keep(self.documents, layers=arm.shows_layers, told=told)
-        dense, tokens = engine.proof.get("dense_prefill_tokens") or 0, min(map(len, self.documents))
+        proof = engine.proof or engine.start()
+        dense, tokens = proof.get("dense_prefill_tokens") or 0, min(map(len, self.documents))
         if tokens <= dense:
             raise InputError(
-                f"layers_prompt_tokens is {tokens}: vLLM {engine.proof['vllm']} attends a prompt of at most {dense} tokens "
+                f"layers_prompt_tokens is {tokens}: vLLM {proof['vllm']} attends a prompt of at most {dense} tokens "
                 "past its cache, and no stored row would be compared; ask for more"
             )
-        self._files[arm.name] = files
+        with progress(f"layers {arm.name}", len(self.documents)) as told:
+            self._files[arm.name] = engine.keep(self.documents, layers=arm.shows_layers, told=told)
 
     def starts(self, arms: Sequence[Arm]) -> list[Start]:
         """Of the arms that showed something; the baseline's first start leads."""
