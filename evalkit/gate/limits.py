@@ -10,7 +10,13 @@ from evalkit.gate.words import Check, Verdict
 from evalkit.records import CandidateRecord, Record
 
 # Words that are right, of what a serving engine does not show: evidence that is missing.
-NOT_EVERYWHERE = {"mode": ("isolated",), "probe": ("attention",), "phase": ("decode",)}
+NOT_EVERYWHERE = {
+    "mode": ("isolated",),
+    "probe": ("attention", "hidden", "index_scores", "routing"),
+    "phase": ("decode",),
+    "rung": ("format", "kernel"),
+    "frozen": ("selection+routing",),
+}
 
 
 def check_limits(

@@ -10,7 +10,8 @@ from evalkit.records import CandidateRecord
 # Other differences between two runs are noted and decide nothing.
 DECIDING = ("checkpoint_sha256", "gpu", "dtype", "flags")
 NOTED = ("commit", "python", "packages")
-SAME_SETTINGS = ("profile", "batch_size")
+SAME_SETTINGS = {"profile": True, "engine": True, "batch_size": False}  # and whether it decides
+EARLIER = {"engine": "native"}  # what runs did before a setting was written down
 
 
 def check_scope(run: Evidence, candidate: CandidateRecord, policy: Policy) -> Check:
@@ -53,9 +54,10 @@ def differences(run: Evidence, other: Evidence) -> Iterator[tuple[str, bool]]:
                     yield f"{key}: {there.get(key)} there, {here.get(key)} here", name in DECIDING
         elif here != there:
             yield f"{name}: {there} there, {here} here", name in DECIDING
-    for name in SAME_SETTINGS:
-        if run.config.get(name) != other.config.get(name):
-            yield f"{name}: {other.config.get(name)} there, {run.config.get(name)} here", name == "profile"
+    for name, decides in SAME_SETTINGS.items():
+        here, there = (place.config.get(name, EARLIER.get(name)) for place in (run, other))
+        if here != there:
+            yield f"{name}: {there} there, {here} here", decides
 
 
 def check_comparable(run: Evidence, other: Evidence) -> Check:
@@ -68,7 +70,7 @@ def check_comparable(run: Evidence, other: Evidence) -> Check:
             name="comparable",
             verdict=Verdict.INCONCLUSIVE,
             reason=f"{other.path.name} differs in more than the candidate: {noted}.",
-            needs="Two runs of one checkpoint, dtype and GPU.",
+            needs="Two runs of one checkpoint, dtype, GPU and engine.",
         )
     return Check(
         name="comparable",

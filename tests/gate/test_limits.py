@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from evalkit.gate.evidence import Evidence
 from evalkit.gate.limits import check_limits
 from evalkit.gate.policy import Limit, Policy
 from evalkit.gate.words import Check, Verdict
+from evalkit.records import LayerRecord
 
 
 def check(run: Path, policy: Policy) -> Check:
@@ -44,3 +46,32 @@ def test_a_word_that_no_record_holds_is_refused(
     limit = Limit(name="l2", figure="layer.relative_l2", where={"probe": "attenton"}, at_most=1.0)
     with pytest.raises(InputError, match="no layer record has probe 'attenton'; there are attention"):
         check(make_run(), with_policy(limits=(limit,)))
+
+
+@pytest.mark.parametrize(
+    ("figure", "where"),
+    [
+        ("layer.relative_l2", {"rung": "format"}),
+        ("layer.relative_l2", {"rung": "kernel"}),
+        ("layer.relative_l2", {"probe": "index_scores"}),
+        ("layer.relative_l2", {"probe": "hidden"}),
+        ("layer.relative_l2", {"probe": "routing"}),
+        ("layer.relative_l2", {"frozen": "selection+routing"}),
+        ("layer.relative_l2", {"mode": "isolated", "phase": "decode"}),
+    ],
+)
+def test_what_a_serving_engine_does_not_show_is_missing_and_no_unknown_word(
+    make_run: Callable[..., Path], with_policy: Callable[..., Policy], figure: str, where: dict[str, str]
+):
+    limit = Limit(name="l2", figure=figure, where=where, at_most=1.0)
+    run = make_run()
+    records = [
+        replace(r, probe="values", mode="propagated", phase="prefill") if isinstance(r, LayerRecord) else r
+        for r in Evidence.read(run).records
+        if not (isinstance(r, LayerRecord) and r.rung != "total")
+    ]
+    candidate = Evidence.read(run).find("fp8_ds_mla")
+    assert candidate is not None
+    (found,) = check_limits(records, candidate, with_policy(limits=(limit,)), date(2026, 1, 1))
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "was not recorded for this candidate" in found.reason

@@ -290,6 +290,7 @@ def test_another_version_is_said_and_judged(
         {"environment": {"dtype": "float32"}},
         {"environment": {"flags": {"tf32": True}}},
         {"config": {"profile": "x"}},
+        {"config": {"engine": "vllm"}},
     ],
 )
 def test_a_run_that_differs_in_more_than_the_candidate_decides_nothing(
@@ -298,6 +299,11 @@ def test_a_run_that_differs_in_more_than_the_candidate_decides_nothing(
     found = judged(make_run(), policy, against=make_run(name="there", **changes))
     assert found.verdict is Verdict.INCONCLUSIVE
     assert "differs in more than the candidate" in reasons(found)
+
+
+def test_a_run_of_before_there_were_engines_compares_with_a_native_one(make_run: MakeRun, policy: Policy):
+    there = make_run(name="there", config={"engine": "native"})
+    assert judged(make_run(), policy, against=there).verdict is Verdict.NON_INFERIOR
 
 
 # False verdicts
