@@ -1,0 +1,1 @@
+"""This project's own path against vLLM's: answers, log-probabilities, divergence, layers, two GPUs."""

@@ -1,0 +1,117 @@
+"""Every layer of this project's path on what vLLM's own layer was fed: its input, its selection, its query and rows."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.serving.plan import Plan, say
+from evalkit.attention import backends
+from evalkit.attention.backends import Backend
+from evalkit.attention.cache import BLOCK
+from evalkit.compare.capture import Capture
+from evalkit.compare.metrics import compare
+from evalkit.compare.selection import recall
+from evalkit.kv import RowFormat, Scales
+
+PROBES = frozenset({"values", "output", "selection"})
+
+
+@torch.inference_mode()
+def native_layers(plan: Plan, model: Any, arm: str, folder: Path) -> None:
+    """Writes layers.json, a row for each document and layer; every figure but the last is from what vLLM showed there.
+
+    values, output: relative L2 on vLLM's input; `forced_` with its selection too. recall: of vLLM's selection.
+    attended: relative L2 of values on vLLM's query, rows and selection, by this candidate's exact attention;
+    kernel_attended: by FlashMLA's kernel, where it is installed. row_bytes_equal: share of bytes written alike. projected:
+    relative L2 between values with float32 projections and with the model's own, on the same input and selection.
+    """
+    rows = []
+    for number in range(plan.layer_documents):
+        file = plan.out / "vllm" / arm / "layers" / f"{number:04}.safetensors"
+        theirs = load_file(file, device=str(model.device))
+        for layer in range(len(model.evalkit.layers)):
+            shown = {name.split(".")[1]: v for name, v in theirs.items() if name.startswith(f"{layer}.")}
+            rows.append({"document": number, "layer": layer} | layer_row(model, layer, shown))
+    (folder / "layers.json").write_text(json.dumps(rows))
+    say(f"{model.evalkit.candidate}: {len(rows)} layers compared")
+
+
+def layer_row(model: Any, layer: int, theirs: dict[str, Tensor]) -> dict[str, float | None]:
+    """One layer's figures, from its tensors [T, ...] in vLLM by name."""
+    path, state = model.evalkit.layers[layer], model.evalkit.new_cache().state
+    selection = theirs["selection"].long()
+    free = run(model, path, layer, theirs["hidden"])
+    forced = run(model, path, layer, theirs["hidden"], selection)
+    wide = run(model, copy.deepcopy(path).float(), layer, theirs["hidden"].float(), selection)
+    kernel = backends.get("flashmla")
+    heads, topk = path.heads, int(selection.shape[1])
+    runs = kernel.unavailable_because(state.format, selection.device, heads, topk) is None
+    return {
+        "values": distance(free["values"], theirs["values"]),
+        "output": distance(free["output"], theirs["output"]),
+        "forced_values": distance(forced["values"], theirs["values"]),
+        "forced_output": distance(forced["output"], theirs["output"]),
+        "recall": float(recall(free["selection"], selection).mean()),
+        "attended": distance(attended(path, state.backend, state.format, theirs), theirs["values"]),
+        "kernel_attended": distance(attended(path, kernel, state.format, theirs), theirs["values"])
+        if runs
+        else None,
+        "row_bytes_equal": same_bytes(theirs, state.format),
+        "projected": distance(wide["values"], forced["values"]),
+    }
+
+
+def run(
+    model: Any, path: Any, layer: int, hidden: Tensor, selection: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What the layer makes of hidden [T, D], rounded to bf16 where vLLM rounds, with its own selection or this one."""
+    cache = model.evalkit.new_cache()
+    cache.state.observer = capture = Capture(PROBES, keep_calls=False)
+    if path.kv_b_proj.weight.dtype != torch.bfloat16:
+        cache.state.rounding = torch.bfloat16
+    if selection is not None:
+        cache.state.forced_selection = {layer: selection[None]}
+    hidden = hidden[None].to(path.kv_b_proj.weight.dtype)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    rotary = model.model.rotary_emb(hidden, position_ids=positions)
+    path(hidden, position_embeddings=rotary, past_key_values=cache)
+    return capture.joined()
+
+
+def attended(path: Any, backend: Backend, format: RowFormat, theirs: dict[str, Tensor]) -> Tensor:
+    """Values [T, H, V] from vLLM's query, rows and selection."""
+    rows, (up, down) = theirs["rows"], path._up_projections()
+    query = theirs["query"].view(len(rows), path.heads, -1).to(up.dtype)
+    q_nope, q_rope = query.split([path.nope, path.rope], -1)
+    cache = rows.new_zeros(-(-len(rows) // BLOCK), BLOCK * format.row_bytes)
+    cache.view(-1, format.row_bytes)[: len(rows)] = rows.flatten(1)
+    out, _ = backend.attend(
+        torch.einsum("thn,hnc->thc", q_nope, up),
+        q_rope.contiguous(),
+        cache,
+        format,
+        theirs["selection"].int(),
+        path.sm_scale,
+        Scales(),
+    )
+    return torch.einsum("thc,hvc->thv", out.to(down.dtype), down)
+
+
+def distance(got: Tensor, ref: Tensor) -> float:
+    """Relative L2 of got [T, ...] from ref."""
+    found = compare(got.flatten(1).float(), ref.flatten(1).float()).relative_l2
+    assert found is not None
+    return found
+
+
+def same_bytes(theirs: dict[str, Tensor], format: RowFormat) -> float:
+    """Share of vLLM's row bytes that this project's writer makes of vLLM's own latent and rope."""
+    ours = format.encode(theirs["latent"], theirs["rope"], Scales())
+    return float((ours.view(torch.uint8) == theirs["rows"].view(torch.uint8)).float().mean())

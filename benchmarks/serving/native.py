@@ -1,0 +1,76 @@
+"""The same documents on this project's own path, and every layer of it on what vLLM fed its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.serving.layers import native_layers
+from benchmarks.serving.plan import BF16, FP8, Plan, say
+from evalkit.evaluate.engines.native import NativeEngine
+
+
+def write_rule(plan: Plan) -> str:
+    """Which rule wrote vLLM's fp8_ds_mla rows, told by their scales: powers of two, or any float32."""
+    found = load_file(plan.out / "vllm" / FP8 / "layers" / "0000.safetensors")
+    rows = torch.cat([value for name, value in found.items() if name.endswith(".rows")])
+    scales = rows[:, 512:528].contiguous().view(torch.float32)
+    return "fp8_ds_mla" if bool((scales.log2() == scales.log2().round()).all()) else "fp8_ds_mla_fp32scale"
+
+
+def native_arms(plan: Plan) -> dict[str, str]:
+    """This project's candidate for each of vLLM's formats: exact attention that reads as an SM90 kernel does."""
+    return {
+        BF16: "bf16@reference+index=fp8",
+        FP8: f"{write_rule(plan)}@reference+index=fp8+reader=sm90_bf16",
+    }
+
+
+def native_step(plan: Plan) -> None:
+    """In a process without vLLM's folder, so that no kernel of its version stands in for this project's own."""
+    if not os.environ.get("SERVING_NATIVE"):
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        kept = [path for path in paths if not Path(path, "vllm").is_dir()]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(kept), "SERVING_NATIVE": "1"}
+        command = [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:], "--step", "native"]
+        subprocess.run(command, env=environment, check=True)
+        return
+    import evalkit
+
+    for arm, candidate in native_arms(plan).items():
+        folder = plan.out / "native" / arm
+        done = folder / f"done-{plan.documents}-{plan.tokens}-{plan.task_documents}-{plan.layer_documents}"
+        if done.exists():
+            continue
+        model = evalkit.load(plan.checkpoint, candidate, device=plan.device)
+        native_answers(plan, model, folder)
+        native_logits(plan, model, folder)
+        native_layers(plan, model, arm, folder)
+        (folder / "candidate").write_text(str(model.evalkit.candidate))
+        done.touch()
+
+
+def native_answers(plan: Plan, model: Any, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = NativeEngine(model, batch_size=16, tokenizer=plan.tokenizer)
+    ids = {number: list(answer.ids) for number, answer in engine.generate(plan.prompts)}
+    (folder / "texts.json").write_text(json.dumps(plan.texts(ids)))
+    say(f"{model.evalkit.candidate}: {len(ids)} answers")
+
+
+@torch.inference_mode()
+def native_logits(plan: Plan, model: Any, folder: Path) -> None:
+    (folder / "logits").mkdir(parents=True, exist_ok=True)
+    for number, ids in enumerate(plan.forced):
+        file = folder / "logits" / f"{number:04}.safetensors"
+        if not file.exists():
+            out = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+            save_file({"logits": out.logits[0, :-1].bfloat16().cpu().contiguous()}, file)
+    say(f"{model.evalkit.candidate}: {len(plan.forced)} documents' logits")
