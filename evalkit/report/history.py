@@ -44,7 +44,7 @@ PLOTLY = re.compile(r"<script>(/\*\*\s*\* plotly\.js v.*?)</script>", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRun:
-    """A run; `packages` is JSON, `report` a file in reports/."""
+    """A run; `packages` is JSON, `report` a file in reports/; `gpu` names the engine too, where it is a serving one."""
 
     run: str
     name: str
@@ -256,6 +256,7 @@ def _rows(directory: RunDirectory, records: Sequence[Record]) -> tuple[StoredRun
     asked = json.dumps([directory.started_utc, directory.command, directory.config], sort_keys=True)
     key = hashlib.sha256((asked + to_line(environment)).encode()).hexdigest()[:16]
     profiles = only(records, ProfileRecord)
+    engine = directory.config.get("engine", "native")
     stored = StoredRun(
         run=key,
         name=directory.path.resolve().name,
@@ -265,7 +266,9 @@ def _rows(directory: RunDirectory, records: Sequence[Record]) -> tuple[StoredRun
         checkpoint=environment.checkpoint,
         checkpoint_sha256=environment.checkpoint_sha256,
         profile=profiles[0].profile if profiles else "native",
-        gpu=(environment.gpu or "CPU").partition(",")[0],
+        # Another engine's errors are from another reference: its runs are no nights of the same series.
+        gpu=(environment.gpu or "CPU").partition(",")[0]
+        + ("" if engine == "native" else f" (engine {engine})"),
         dtype=environment.dtype,
         command=directory.command,
         report=f"{key}.html",

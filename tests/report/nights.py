@@ -54,6 +54,7 @@ def write_run(
     name: str = "nightly",
     started: datetime | None = None,
     page: str | None = "<!doctype html><title>a report</title><section id='layers'><h2>Layers</h2></section>",
+    engine: str | None = None,
 ) -> Path:
     """A run directory as an ended run leaves it."""
     when = started or FIRST + timedelta(days=night)
@@ -61,7 +62,7 @@ def write_run(
     run.mkdir(parents=True)
     asked = {
         "schema": SCHEMA, "name": name, "started_utc": when.isoformat(timespec="seconds"), "command": f"evalkit run --config {name}.toml",
-        "config": {"name": name},
+        "config": {"name": name} | ({} if engine is None else {"engine": engine}),
     }  # fmt: skip
     (run / "run.json").write_text(json.dumps(asked))
     ended = [*records, StageRecord(stage="report", wall_s=1.0)]

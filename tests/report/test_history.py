@@ -24,6 +24,7 @@ from evalkit.records import (
 )
 from evalkit.report import history
 from evalkit.report.history import History, StoredLayer, StoredResult, StoredRun, StoredScore
+from evalkit.report.trends import tiles
 from tests.report.nights import BF16, DAMAGED, FIRST, commit_of, make_store, night_records, write_run
 
 
@@ -90,6 +91,17 @@ def test_two_gpus_on_one_night_are_two_runs(tmp_path: Path):
     for place, gpu in enumerate(("NVIDIA H200, SM90", "NVIDIA B200, SM100")):
         store.add(one_run(tmp_path / str(place), gpu=gpu))
     assert len(store.read(StoredRun)) == 2
+
+
+def test_a_serving_engines_runs_are_no_nights_of_this_projects_own(tmp_path: Path):
+    """The same candidate on the same GPU: their errors are from another reference, and their scores another engine's."""
+    store = History(tmp_path / "store", create=True)
+    for night, engine in enumerate((None, "native", "vllm", "native", "vllm")):
+        run = write_run(tmp_path / "runs", night, night_records(night, random.Random(night)), engine=engine)
+        store.add(run)
+    nights = {(tile.gpu, tile.candidate): len(tile.nights) for tile in tiles(store)}
+    assert {gpu for gpu, _ in nights} == {"NVIDIA H200", "NVIDIA H200 (engine vllm)"}
+    assert (nights["NVIDIA H200", DAMAGED], nights["NVIDIA H200 (engine vllm)", DAMAGED]) == (3, 2)
 
 
 def test_two_writers_at_once_lose_nothing(tmp_path: Path):
