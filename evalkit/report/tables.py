@@ -73,7 +73,7 @@ def candidates(records: Sequence[Record]) -> Table:
     """Candidates first: what each costs, how far its attention lies from the reference, what it loses on tasks."""
     layers, tokens, tasks = only(records, LayerRecord), only(records, TokenRecord), only(records, TaskRecord)
     names = sorted({record.task for record in tasks})
-    timed = any(record.decode_step_ms is not None for record in tasks)
+    timed = _most_timed(tasks)
     rows = []
     for record in _candidates(records):
         mine = [
@@ -92,7 +92,7 @@ def candidates(records: Sequence[Record]) -> Table:
             (
                 record.candidate,
                 f"{record.row_bytes_per_token:,}",
-                *([_longest_step(mine)] if timed else []),
+                *([_step(next((task for task in mine if task.task == timed), None))] if timed else []),
                 worst_layer(layers, record.candidate, "isolated"),
                 worst_layer(layers, record.candidate, "propagated"),
                 NA if kl is None else f"{number(kl.kl_mean_nats)} ({kl.n:,})",
@@ -107,7 +107,7 @@ def candidates(records: Sequence[Record]) -> Table:
             "divergence of the next token in nats, over the n tokens of the phase or text that has most"
             + ("; loss of score in points against the baseline, with its interval" if names else "")
             + (
-                "; mean time of a decode step, with its interval, on the task with most steps timed."
+                f"; mean time of a decode step, with its interval, on {timed}, the task with most steps timed."
                 if timed
                 else "."
             )
@@ -586,8 +586,8 @@ def _loss(record: TaskRecord | None) -> str:
     return f"{100 * record.loss:+.1f} {interval(record.loss_lower, record.loss_upper, lambda x: f'{100 * x:+.1f}')}"
 
 
-def _step(record: TaskRecord) -> str:
-    if record.decode_step_ms is None:
+def _step(record: TaskRecord | None) -> str:
+    if record is None or record.decode_step_ms is None:
         return NA
     return f"{number(record.decode_step_ms)} {interval(record.decode_step_lower_ms, record.decode_step_upper_ms, number)}"
 
@@ -600,9 +600,13 @@ def _steps(record: TaskRecord) -> str:
     )
 
 
-def _longest_step(found: Sequence[TaskRecord]) -> str:
-    most = max(found, key=lambda task: task.decode_steps or 0, default=None)
-    return NA if most is None else _step(most)
+def _most_timed(tasks: Sequence[TaskRecord]) -> str | None:
+    """The task with most steps timed, over all candidates: steps of different tasks see different contexts."""
+    steps: dict[str, int] = {}
+    for record in tasks:
+        if record.decode_step_ms is not None:
+            steps[record.task] = steps.get(record.task, 0) + (record.decode_steps or 0)
+    return max(steps, key=lambda task: steps[task], default=None)
 
 
 def _mark(record: LayerRecord) -> str:

@@ -114,6 +114,21 @@ def test_a_decode_step_stands_beside_the_bytes_where_one_was_timed(run: RunDirec
     assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
+def test_decode_steps_of_all_candidates_are_of_one_task(run: RunDirectory):
+    """Answers differ in length: each candidate's own longest task would compare steps of different contexts."""
+    steps = dict(zip(CANDIDATES, (100, 80, 90, 40), strict=True))
+    timed = [
+        replace(r, decode_step_ms=2.0 if r.task == "registers" else 1.0,
+                decode_steps=60 if r.task == "registers" else steps[r.candidate])
+        if isinstance(r, TaskRecord)
+        else r
+        for r in run.read()
+    ]  # fmt: skip
+    table = tables.candidates(timed)
+    assert {row[0]: row[2] for row in table.rows} == dict.fromkeys(CANDIDATES, "1 [n/a]")
+    assert "decode step, with its interval, on needle" in table.caption
+
+
 def test_the_headline_divergence_is_of_the_free_running_model_over_the_most_tokens(run: RunDirectory):
     free = only(run.read(), TokenRecord)[0]
     others = [
