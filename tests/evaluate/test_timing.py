@@ -1,6 +1,7 @@
 """What a decode step took: which calls count, what is said of them, and where it is recorded."""
 
 import json
+import time
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from evalkit.evaluate.engines.decoding import TIMED_CALLS, Decoder
 from evalkit.evaluate.engines.native import NativeEngine
 from evalkit.evaluate.engines.timing import Call, HostWatch, StreamWatch, step_time
 from evalkit.evaluate.lm import EvalkitLM
-from evalkit.evaluate.tasks import run_tasks, task_records
+from evalkit.evaluate.tasks import load_tasks, run_tasks, task_records
 from evalkit.schema import from_values, to_line
 
 
@@ -246,6 +247,19 @@ def test_a_run_of_the_real_model_times_what_generates_and_not_what_scores():
     assert record.decode_step_ms > 0
     assert scored.step is None
     assert all(one.decode_step_ms is None and one.decode_steps is None for one in records(scored))
+
+
+def test_steps_that_nobody_reads_are_no_part_of_what_a_task_takes(monkeypatch):
+    """`evalkit plan` makes hours of it."""
+    further, pause = Decoder.time_on, 4.0
+    monkeypatch.setattr(Decoder, "time_on", lambda self: (time.sleep(pause), further(self)))
+    lm = EvalkitLM("dsa-nano", "fp8_ds_mla@reference", device="cpu", batch_size=2)
+    asked_of_it = (["evalkit_multi_key_384"], 2, 0)
+    load_tasks(tuple(asked_of_it[0]), *asked_of_it[1:])
+    began = time.perf_counter()
+    (run,) = run_tasks(lm, *asked_of_it, candidate="a")
+    assert run.step.steps == TIMED_CALLS
+    assert 0 < run.wall_s < time.perf_counter() - began - pause
 
 
 def test_a_line_written_before_decode_times_were_still_reads():

@@ -10,6 +10,7 @@ that makes, the control in batches of half the size shows with the rest. Nothing
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,7 @@ class NativeEngine:
 
     Attributes:
         timed: what advanced sequences together and how long it took, see `Decoder.timed`; none in plain transformers.
+        aside_s: seconds spent on steps for the sake of timing them alone, see `Decoder.time_on`.
 
     Raises:
         InputError: a candidate on a plain model, no tokenizer that loads and fits, or too large a max_length.
@@ -115,6 +117,7 @@ class NativeEngine:
     ) -> None:
         self.model, self.batch_size, self._damage, self._graphs = model, batch_size, damage, graphs
         self.timed: list[Call] = []
+        self.aside_s = 0.0
         self._new_cache: Callable[[], Cache | None]
         if hasattr(model, "evalkit"):
             self._new_cache = partial(model.evalkit.new_cache, candidate, scales)
@@ -205,7 +208,9 @@ class NativeEngine:
                     yield one.place, answer
             free.sort()
             fresh.clear()
+        began = time.perf_counter()
         decoder.time_on()
+        self.aside_s += time.perf_counter() - began
         self.timed += decoder.timed
 
     def _generate_plainly(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
