@@ -14,6 +14,7 @@ from evalkit.records import (
     AnswerLengthRecord,
     AnswerShareRecord,
     CandidateRecord,
+    EnvironmentRecord,
     FirstDifferenceRecord,
     RunDirectory,
     SampleRecord,
@@ -343,6 +344,56 @@ def test_equal_losses_do_not_hide_each_others_times(run: RunDirectory, tmp_path:
     assert heights == sorted(heights), "the first candidate is at the top"
     assert min(b - a for a, b in pairwise(heights)) > 5
     assert max(abs(y) for _, _, y, *_ in points) < 2
+
+
+@browsers
+def test_a_task_whose_steps_were_not_timed_says_so(run: RunDirectory, tmp_path: Path, browse: Browse):
+    """One task generates, the other only scores: an empty chart would be a riddle."""
+    made: Any = RunDirectory.create(tmp_path, "one-timed", {}, "evalkit run")
+    with made.stage("all") as write:
+        for record in [*run.read(), *read_samples(run.path)]:
+            if record.kind != "stage":
+                scored = isinstance(record, TaskRecord) and record.task == TASKS[1]
+                write.write(untimed(record) if scored else record)  # type: ignore[arg-type]
+    browser = browse(html.write(made.path))
+    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    choose(browser, "trade-across", "ms")
+    choose(browser, "trade-down", TASKS[1])
+    said = "document.getElementById('trade-chart').textContent"
+    assert browser.script(said) == f"No decode step was timed on {TASKS[1]}."
+    for _ in range(2):
+        choose(browser, "trade-down", TASKS[0])
+        assert "No decode step" not in browser.script(said)
+        assert browser.script("document.querySelectorAll('#trade-chart .points path').length") == len(
+            CANDIDATES
+        )
+    assert browser.errors == []
+
+
+@browsers
+def test_many_equal_losses_are_set_apart_by_little(run: RunDirectory, tmp_path: Path, browse: Browse):
+    """However many there are, a marker stays near its loss, and no two candidates look alike."""
+    made: Any = RunDirectory.create(tmp_path, "many", {}, "evalkit run")
+    records = run.read()
+    candidate = only(records, CandidateRecord)[-1]
+    (score,) = [
+        r for r in only(records, TaskRecord) if (r.candidate, r.task) == (candidate.candidate, TASKS[0])
+    ]
+    with made.stage("all") as write:
+        write.write(only(records, EnvironmentRecord)[0])
+        for number in range(14):
+            name = f"fp8_{number}@flashmla"
+            write.write(dataclasses.replace(candidate, candidate=name))
+            write.write(dataclasses.replace(score, candidate=name, loss=0.0, loss_lower=-0.1, loss_upper=0.2))
+    browser = browse(html.write(made.path))
+    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    choose(browser, "trade-across", "ms")
+    points = browser.script(
+        "document.getElementById('trade-chart').data.map(t => [t.y[0], t.marker.color, t.marker.symbol])"
+    )
+    assert len(points) == 14
+    assert max(abs(y) for y, *_ in points) < 2, "of bars from -10 to 20"
+    assert len({(colour, symbol) for _, colour, symbol in points}) == 14
 
 
 @browsers
