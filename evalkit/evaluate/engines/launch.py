@@ -103,7 +103,7 @@ class Launch:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides what is answered: not the GPUs it runs on, nor their number of sequences."""
+        """Of all that decides what is answered: not the GPUs it runs on, nor its share of their memory."""
         values = {key: value for key, value in self.to_json().items() if key not in ("gpus", "memory_share")}
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
