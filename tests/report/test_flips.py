@@ -422,6 +422,21 @@ def test_a_phone_needs_no_sideways_scrolling(page: Path, browse: Browse, dark: b
 
 
 @browsers
+def test_a_long_task_name_breaks_on_a_phone(run: RunDirectory, tmp_path: Path, browse: Browse):
+    made: Any = RunDirectory.create(tmp_path, "long", {}, "evalkit run")
+    name = "someones_own_task_with_a_rather_long_name_of_2048_tokens"
+    with made.stage("all") as write:
+        for record in run.read():
+            if record.kind != "stage":
+                named = isinstance(record, TaskRecord) and record.task == TASKS[0]
+                write.write(dataclasses.replace(record, task=name) if named else record)  # type: ignore[arg-type,call-arg]
+    browser = browse(html.write(made.path), width=390, height=844)
+    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    assert name in browser.script("document.querySelector('#candidates p').textContent")
+    assert browser.script("document.documentElement.scrollWidth") <= 390
+
+
+@browsers
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_of_the_page_can_be_read_in_either_scheme(page: Path, browse: Browse, dark: bool):
     """Contrast of at least 4.5 between ink and ground, of what is marked, selected, and of chart labels."""
