@@ -93,13 +93,13 @@ def prepare(config: RunConfig) -> Prepared:
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     streamed = should_stream(checkpoint, config.device, dtype, config.stream)
     identity = sampled_identity(checkpoint) if streamed else None
+    environment.exact_numerics()
     if config.engine != "native":
         return _served(config, policy, checkpoint, identity, requested)
     if streamed:
         _refuse_streamed(config)
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own, of loading weights
-    environment.exact_numerics()
     if streamed:
         model = stream(checkpoint, config.device, dtype)
     else:
