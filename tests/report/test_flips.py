@@ -320,12 +320,13 @@ def test_the_chart_shows_the_records_values(page: Path, run: RunDirectory, brows
 
 @browsers
 def test_equal_losses_do_not_hide_each_others_times(run: RunDirectory, tmp_path: Path, browse: Browse):
-    """Markers are set apart by a few pixels; times and the ends of all bars stay what the records say."""
+    """Markers whose bars overlap are set apart by a few pixels; times and the ends of all bars stay what the records say."""
     made: Any = RunDirectory.create(tmp_path, "equal", {}, "evalkit run")
     with made.stage("all") as write:
         for record in [*run.read(), *read_samples(run.path)]:
             if record.kind != "stage":
-                same = {"loss": 0.0, "loss_lower": -0.1, "loss_upper": 0.2}
+                wide = {"decode_step_lower_ms": 0.1, "decode_step_upper_ms": 1e3}
+                same = {"loss": 0.0, "loss_lower": -0.1, "loss_upper": 0.2} | wide
                 write.write(dataclasses.replace(record, **same) if isinstance(record, TaskRecord) else record)  # type: ignore[arg-type]
     browser = browse(html.write(made.path))
     browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
@@ -344,6 +345,27 @@ def test_equal_losses_do_not_hide_each_others_times(run: RunDirectory, tmp_path:
     assert heights == sorted(heights), "the first candidate is at the top"
     assert min(b - a for a, b in pairwise(heights)) > 5
     assert max(abs(y) for _, _, y, *_ in points) < 2
+
+
+def apart(record: TaskRecord) -> TaskRecord:
+    """The same loss for every candidate, and times whose intervals do not touch."""
+    ms = 10.0 * (1 + CANDIDATES.index(record.candidate))
+    time = {"decode_step_ms": ms, "decode_step_lower_ms": ms - 1, "decode_step_upper_ms": ms + 1}
+    return dataclasses.replace(record, loss=0.01, loss_lower=-0.1, loss_upper=0.2, **time)
+
+
+@browsers
+def test_a_point_that_covers_none_is_drawn_at_its_loss(run: RunDirectory, tmp_path: Path, browse: Browse):
+    made: Any = RunDirectory.create(tmp_path, "apart", {}, "evalkit run")
+    with made.stage("all") as write:
+        for record in [*run.read(), *read_samples(run.path)]:
+            if record.kind != "stage":
+                write.write(apart(record) if isinstance(record, TaskRecord) else record)  # type: ignore[arg-type]
+    browser = browse(html.write(made.path))
+    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    choose(browser, "trade-across", "ms")
+    drawn = browser.script("document.getElementById('trade-chart').data.map(t => [t.x[0], t.y[0]])")
+    assert sorted(drawn) == [[10.0 * (1 + place), 1.0] for place in range(len(CANDIDATES))]
 
 
 @browsers
