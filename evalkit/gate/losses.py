@@ -12,7 +12,7 @@ from evalkit.stats.multiple import holm
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One endpoint against one baseline; `counts` is whether a loss would have shown there."""
+    """One endpoint against one baseline; `counts` is whether a loss would have shown there, and would be the candidate's."""
 
     endpoint: PrimaryEndpoint
     baseline: str
@@ -60,8 +60,8 @@ def _check(one: Compared, p: dict[str, float], policy: Policy) -> Check:
         return Check(
             name=name,
             verdict=Verdict.INCONCLUSIVE,
-            reason=f"{said}, on documents that do not count.",
-            needs="Documents on which a loss can show.",
+            reason=f"{said}, on documents that do not count here.",
+            needs="Documents on which a loss can show, in runs that compare.",
         )
     if p["gain"] <= policy.look_alpha:
         return Check(

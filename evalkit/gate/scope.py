@@ -60,6 +60,11 @@ def differences(run: Evidence, other: Evidence) -> Iterator[tuple[str, bool]]:
             yield f"{name}: {there} there, {here} here", decides
 
 
+def comparable(run: Evidence, other: Evidence) -> bool:
+    """Whether a loss between two runs, or within one, is the candidate's: else it decides nothing, WORSE neither."""
+    return run is other or not any(decides for _, decides in differences(run, other))
+
+
 def check_comparable(run: Evidence, other: Evidence) -> Check:
     """Whether a loss between two runs is the candidate's."""
     found = list(differences(run, other))

@@ -15,7 +15,7 @@ from evalkit.gate.evidence import Evidence
 from evalkit.gate.limits import check_limits
 from evalkit.gate.losses import Compared, check_losses
 from evalkit.gate.policy import Policy
-from evalkit.gate.scope import check_comparable, check_scope
+from evalkit.gate.scope import check_comparable, check_scope, comparable
 from evalkit.gate.sensitivity import check_baseline, check_coverage, check_damage
 from evalkit.gate.starts import check_starts
 from evalkit.gate.versions import check_itself
@@ -185,7 +185,7 @@ def _compare(
         in_range = check_baseline(baseline.candidate, endpoint, outcome, policy)
         yield in_range
         yield sensitive
-        counts = in_range.verdict is sensitive.verdict is Verdict.NON_INFERIOR
+        counts = comparable(run, other) and in_range.verdict is sensitive.verdict is Verdict.NON_INFERIOR
         compared.append(
             Compared(endpoint=endpoint, baseline=baseline.candidate, outcome=outcome, counts=counts)
         )

@@ -12,6 +12,7 @@ from evalkit.gate.endpoints import compare
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.losses import Compared, check_losses
 from evalkit.gate.policy import Policy, PrimaryEndpoint
+from evalkit.gate.scope import comparable
 from evalkit.gate.sensitivity import check_baseline, check_damage
 from evalkit.gate.words import Check, Verdict
 from evalkit.records import CandidateRecord
@@ -116,5 +117,5 @@ def _pair(
     itself = f"itself in {other.path.name}"
     in_range = check_baseline(f"{name} in {other.path.name}", endpoint, outcome, policy)
     yield replace(in_range, name=f"version: {in_range.name}")
-    counts = in_range.verdict is sensitive.verdict is Verdict.NON_INFERIOR
+    counts = comparable(run, other) and in_range.verdict is sensitive.verdict is Verdict.NON_INFERIOR
     compared.append(Compared(endpoint=endpoint, baseline=itself, outcome=outcome, counts=counts))

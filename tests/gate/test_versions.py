@@ -106,6 +106,10 @@ def test_another_checkpoint_or_gpu_decides_nothing(
     old, new = make_run(name="old", **changes), make_run(name="new")
     assert checks(new, policy, old)["comparable"].verdict is Verdict.INCONCLUSIVE
     assert judge(new, policy, against=old).verdict is Verdict.INCONCLUSIVE
+    lost = make_run(name="lost", sample=lambda s: replace(s, score=0.0) if s.candidate == CANDIDATE else s)
+    same = make_run(name="same")
+    assert judge(lost, policy, against=same).verdict is Verdict.WORSE
+    assert judge(lost, policy, against=old).verdict is Verdict.INCONCLUSIVE
 
 
 def test_a_candidate_whose_tasks_there_were_stopped_decides_nothing(make_run: MakeRun, policy: Policy):
