@@ -25,7 +25,7 @@ from evalkit.evaluate.engines.served import Served
 from evalkit.evaluate.engines.shown import Shown
 from evalkit.evaluate.tasks import run_tasks, task_records
 from evalkit.kv import Scales, scale_files
-from evalkit.model.proof import bytes_per_token
+from evalkit.model.proof import bytes_per_token, candidate_record
 from evalkit.prepare import Prepared, prepare
 from evalkit.progress import progress
 from evalkit.records import (
@@ -302,16 +302,10 @@ def _candidate_records(prepared: Prepared) -> Iterator[Record]:
         scales = prepared.scales[candidate]
         backend = backends.reading(candidate.backend, candidate.reader, candidate.read)
         scorer = indexer.kernel_for(candidate.index, model.dtype, model.config.index_n_heads, model.device)
-        yield CandidateRecord(
-            candidate=str(candidate),
-            format=candidate.format,
-            scales=candidate.scales,
-            backend=candidate.backend,
+        yield candidate_record(
+            candidate,
             kernel=f"{backend.kernel_on(model.device)}; index scores: {scorer}",
-            index=candidate.index,
-            read=candidate.read,
             heads=model.config.num_attention_heads,
-            row_bytes_per_token=kv.get(candidate.format).row_bytes,
             bytes_per_token_read_back=bytes_per_token(
                 model, lambda c=candidate, s=scales: _cache(prepared, c, s)
             ),

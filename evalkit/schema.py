@@ -6,6 +6,7 @@ shows a number under a meaning that has changed.
 
 import json
 import math
+import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 from evalkit.errors import InputError
 
 SCHEMA = 1
+LATER_START = re.compile(r", start \d+$")  # of a candidate's name in records: its engine, started afresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +179,11 @@ class TokenRecord(Record):
     targets: int
     n: int
     source: str = ""
+
+    @property
+    def again(self) -> bool:
+        """Whether it is of a later fresh start of its candidate."""
+        return LATER_START.search(self.candidate) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,7 +416,7 @@ class TaskRecord(Record):
     @property
     def again(self) -> bool:
         """Whether the candidate is its baseline once more, on an engine that was started afresh."""
-        return self.candidate.startswith(f"{self.baseline}, start ")
+        return LATER_START.search(self.candidate) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,8 @@ class Accumulator:
             )
         finite = torch.isfinite(got)
         wanted = finite if keep is None else keep & finite
-        self.nonfinite += int((~finite if keep is None else keep & ~finite).sum())
+        broken = ~finite if keep is None else keep & ~finite
+        self.nonfinite += int(broken.sum())
         kept = 0 if self.rows is None else len(self.rows)
         if bool(wanted.any()):
             self._add(got, ref, wanted)
@@ -146,9 +147,8 @@ class Accumulator:
             if self.rows is not None:
                 self.rows.append(torch.zeros(len(ref), 2, dtype=torch.float64))
         if self.rows is not None:
-            broken = (~finite if keep is None else keep & ~finite).any(1).cpu()
             norms = torch.cat(self.rows[kept:])
-            self.rows[kept:] = [norms.masked_fill(broken[:, None], torch.nan)]
+            self.rows[kept:] = [norms.masked_fill(broken.any(1).cpu()[:, None], torch.nan)]
 
     def take_rows(self) -> Tensor:
         """[T, 2] float64: norm of the error and of the reference, a token added since the last call.

@@ -1,4 +1,4 @@
-"""Proof that a candidate's rows were written: how many bytes a token costs, read back from the pages."""
+"""Proof of what ran: a candidate's record, and how many bytes of the pages a token is seen to cost."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evalkit import kv
 from evalkit.attention.cache import BLOCK, PagedCache
+from evalkit.candidate import Candidate
+from evalkit.records import CandidateRecord
 
 TOKENS = 16
 FILLS = (0x00, 0xFF)
+
+
+def candidate_record(candidate: Candidate, **seen: Any) -> CandidateRecord:
+    """What a candidate resolved to, with the fields that were `seen` of it: the rest, and any that ran otherwise."""
+    known: dict[str, Any] = {
+        key: getattr(candidate, key) for key in ("format", "scales", "backend", "index", "read")
+    }
+    known |= {"candidate": str(candidate), "row_bytes_per_token": kv.get(candidate.format).row_bytes}
+    return CandidateRecord(**(known | seen))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from evalkit.records import (
     read_samples,
     write_whole,
 )
-from evalkit.report import attribution, flips, plots, ranges, tables, where
+from evalkit.report import attribution, flips, plots, ranges, starts, tables, where
 from evalkit.report.answers import answers
 
 
@@ -73,8 +73,8 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
                 tables.verdicts(records),
                 tables.candidates(records),
                 tables.tasks(records),
-                tables.starts(records),
-                tables.token_starts(records),
+                starts.scores(records),
+                starts.next_tokens(records),
                 answers(records),
             )
             if table.rows

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evalkit.records import EnvironmentRecord, Record, RunDirectory, only, read, write_whole
-from evalkit.report import attribution, ranges, tables
+from evalkit.report import attribution, ranges, starts, tables
 from evalkit.report.answers import answers
 from evalkit.report.tables import Table
 
@@ -34,8 +34,8 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         tables.candidates,
         tables.layers,
         tables.tasks,
-        tables.starts,
-        tables.token_starts,
+        starts.scores,
+        starts.next_tokens,
         answers,
         tables.scoring,
         tables.tokens,

@@ -4,10 +4,9 @@ The terminal, summary.md and report.html print these same tables. Rows keep the 
 recorded, with bf16 against itself first.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from evalkit.records import (
     CandidateRecord,
@@ -26,7 +25,15 @@ from evalkit.records import (
     output_probe,
 )
 
-Named = TypeVar("Named", LayerRecord, SelectionRecord, RangeRecord, TokenRecord, TaskRecord)
+
+class OfCandidate(Protocol):
+    """A record of one candidate."""
+
+    @property
+    def candidate(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=OfCandidate)
 Phased = TypeVar("Phased", LayerRecord, TokenRecord)
 
 NA = "n/a"
@@ -199,7 +206,7 @@ def probes(records: Sequence[Record]) -> Table:
                 number(r.abs_p50), number(r.abs_p99), number(r.abs_p999), number(r.token_relative_l2_mean),
                 f"{r.nonfinite:,}", f"{r.n:,}",
             )
-            for r in _ordered(records, only(records, LayerRecord))
+            for r in ordered(records, only(records, LayerRecord))
             if r.rung == "total"
         ),
         text_columns=5,
@@ -213,7 +220,7 @@ def rungs(records: Sequence[Record]) -> Table:
     values = {(r.candidate, r.phase, r.mode, r.probe, r.layer, r.rung): r for r in found}
     floors = {(r.phase, r.mode, r.probe, r.layer, r.rung): r for r in found if r.rung in kinds}
     rows = []
-    for r in _ordered(records, found):
+    for r in ordered(records, found):
         where = (r.phase, r.mode, r.probe, r.layer)
         split = [values.get((r.candidate, *where, rung)) for rung in ("format", "kernel")]
         if r.rung == "total" and any(split):
@@ -247,7 +254,7 @@ def selection(records: Sequence[Record]) -> Table:
                 r.candidate, r.phase, r.mode, str(r.layer), share(r.recall_mean), share(r.recall_min), number(r.margin_p50),
                 share(r.mass_lost_mean), f"{r.n:,}",
             )
-            for r in _ordered(records, only(records, SelectionRecord))
+            for r in ordered(records, only(records, SelectionRecord))
         ),
         text_columns=3,
     )  # fmt: skip
@@ -265,7 +272,7 @@ def ranges(records: Sequence[Record]) -> Table:
                 r.candidate, r.part, str(r.layer), number(r.max_abs), number(r.scale), number(r.headroom), share(r.saturated_share),
                 share(r.subnormal_share), share(r.zero_share), f"{r.n:,}",
             )
-            for r in _ordered(records, only(records, RangeRecord))
+            for r in ordered(records, only(records, RangeRecord))
         ),
         text_columns=2,
     )  # fmt: skip
@@ -290,45 +297,11 @@ def tokens(records: Sequence[Record]) -> Table:
                 number(r.kl_p50_nats), number(r.kl_p90_nats), number(r.kl_p99_nats), number(r.kl_p999_nats), number(r.kl_max_nats),
                 share(r.top1_agreement), f"{r.documents:,}", f"{r.n:,}",
             )
-            for r in _ordered(records, only(records, TokenRecord))
-            if not again(r)
+            for r in ordered(records, only(records, TokenRecord))
+            if not r.again
         ),
         text_columns=3,
     )  # fmt: skip
-
-
-def token_starts(records: Sequence[Record]) -> Table:
-    """How far next tokens of fresh starts of one serving engine lie apart."""
-    found, told_from = only(records, TokenRecord), reference(records)
-    rows = []
-    for candidate in (record.candidate for record in _candidates(records)):
-        later = [r for r in found if r.candidate.startswith(f"{candidate}, start ")]
-        first = [
-            r for r in found if r.candidate == candidate and r.phase == "prefill" and candidate != told_from
-        ]
-        means = [r.kl_mean_nats for r in (*first, *later)]
-        known = [mean for mean in means if mean is not None]
-        if not later:
-            continue
-        span = "non-finite" if len(known) < len(means) else f"{number(min(known))} to {number(max(known))}"
-        rows.append((candidate, str(1 + len(later)), span, f"{later[0].n:,}"))
-    return Table(
-        key="token-starts",
-        title="Fresh starts, next token",
-        caption=(
-            f"Mean KL divergence in nats from the first start of {told_from}, least to most over the fresh starts of each "
-            f"candidate, over the same n tokens; of {told_from} over its later starts, which is bf16 against itself. Every other "
-            "table counts the first start."
-        ),
-        columns=("candidate", "starts", "KL nats, least to most", "n"),
-        rows=tuple(rows),
-        text_columns=1,
-    )
-
-
-def again(record: TokenRecord) -> bool:
-    """Whether it is of a later fresh start of its candidate."""
-    return re.search(r", start \d+$", record.candidate) is not None
 
 
 def reference(records: Sequence[Record]) -> str:
@@ -372,49 +345,9 @@ def tasks(records: Sequence[Record]) -> Table:
                 NA if r.lost is None else str(r.lost), NA if r.gained is None else str(r.gained),
                 NA if r.mcnemar_p is None else f"{r.mcnemar_p:.3g}",
             )
-            for r in sorted(_ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
+            for r in sorted(ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
             if not r.again
         ),
-        text_columns=2,
-    )  # fmt: skip
-
-
-def starts(records: Sequence[Record]) -> Table:
-    """How far fresh starts of one serving engine lie apart."""
-    found = _ordered(records, only(records, TaskRecord))
-    again: dict[tuple[str, str, str, str], list[TaskRecord]] = {}
-    for r in found:
-        if r.again:
-            again.setdefault((r.task, r.baseline, r.metric, r.filter), []).append(r)
-    rows = []
-    for (task, candidate, metric, filter_), others in again.items():
-        (first,) = (
-            r
-            for r in found
-            if (r.task, r.candidate, r.metric, r.filter) == (task, candidate, metric, filter_)
-        )
-        scores = [first.score, *(r.score for r in others)]
-        otherwise = ", ".join(str((r.lost or 0) + (r.gained or 0)) for r in others)
-        rows.append(
-            (
-                task,
-                candidate,
-                f"{first.n:,}",
-                str(len(scores)),
-                f"{share(min(scores))} to {share(max(scores))}",
-                f"{100 * (max(scores) - min(scores)):.1f}",
-                otherwise,
-            )
-        )
-    return Table(
-        key="starts",
-        title="Fresh starts",
-        caption=(
-            "Each candidate on engines that were started afresh, on the same documents: what batching and start order leave. Every "
-            "other table counts the first start; the last column is how many documents each later one scores otherwise."
-        ),
-        columns=("task", "candidate", "n", "starts", "scores", "spread, points", "otherwise"),
-        rows=tuple(rows),
         text_columns=2,
     )  # fmt: skip
 
@@ -439,7 +372,7 @@ def scoring(records: Sequence[Record]) -> Table:
                 NA if r.mean_context_tokens is None else f"{r.mean_context_tokens:,.0f}", share(r.share_over_topk),
                 _step(r), NA if r.decode_sequences is None else f"{r.decode_sequences:,}", _steps(r), f"{r.wall_s:.1f}",
             )
-            for r in sorted(_ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
+            for r in sorted(ordered(records, only(records, TaskRecord)), key=lambda r: r.task)
         ),
         text_columns=5,
     )  # fmt: skip
@@ -571,7 +504,8 @@ def _candidates(records: Sequence[Record]) -> list[CandidateRecord]:
     return sorted(only(records, CandidateRecord), key=lambda record: not is_control(record.candidate))
 
 
-def _ordered(records: Sequence[Record], found: Sequence[Named]) -> list[Named]:
+def ordered(records: Sequence[Record], found: Sequence[Named]) -> list[Named]:
+    """In the order of the candidates, bf16 first."""
     rank = {record.candidate: place for place, record in enumerate(_candidates(records))}
     return sorted(found, key=lambda record: rank.get(record.candidate, len(rank)))
 

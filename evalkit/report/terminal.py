@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from evalkit.records import read
-from evalkit.report import attribution, ranges, tables
+from evalkit.report import attribution, ranges, starts, tables
 from evalkit.report.answers import answers
 from evalkit.report.tables import Table
 
@@ -30,8 +30,8 @@ def show(run: Path, console: Console | None = None) -> None:
         tables.candidates(records),
         tables.layers(records),
         tables.tasks(records),
-        tables.starts(records),
-        tables.token_starts(records),
+        starts.scores(records),
+        starts.next_tokens(records),
         answers(records, brief=True),
     ):
         if table.rows:

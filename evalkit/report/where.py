@@ -23,11 +23,11 @@ from evalkit.records import (
 from evalkit.report.tables import (
     NA,
     Table,
-    again,
     interval,
     is_control,
     layer_name,
     number,
+    ordered,
     reference,
     seen_inside,
     share,
@@ -97,7 +97,7 @@ def multiples(records: Sequence[Record]) -> Table:
                 r.candidate, r.phase, r.mode, r.probe, layer_name(r.layer), number(r.multiple), interval(r.lower, r.upper, number),
                 in_words(r), r.interval_method, f"{r.n:,}",
             )
-            for r in _ordered(records, found)
+            for r in ordered(records, found)
         ),
         text_columns=4,
     )  # fmt: skip
@@ -129,7 +129,7 @@ def divergence(records: Sequence[Record]) -> Table:
                 r.candidate, r.phase, r.mode, FLOOR_NAMES.get(r.floor, r.floor),
                 f"none of {r.layers}" if r.first_layer is None else str(r.first_layer), number(r.relative_l2),
             )
-            for r in _ordered(records, only(records, DivergenceRecord))
+            for r in ordered(records, only(records, DivergenceRecord))
         ),
         text_columns=4,
     )  # fmt: skip
@@ -162,7 +162,7 @@ def amplification(records: Sequence[Record]) -> Table:
 
 def phases(records: Sequence[Record]) -> Table:
     """Ways for the same tokens to arrive; those that depart first."""
-    found = _ordered(records, only(records, PhaseRecord))
+    found = ordered(records, only(records, PhaseRecord))
     found.sort(key=lambda r: r.departs is not True)
     return Table(
         key="phases",
@@ -206,7 +206,7 @@ def positions(records: Sequence[Record]) -> Table:
 
     told_from = reference(records)
     found = [r for r in only(records, PositionRecord) if r.rung == "total"]
-    found = sorted(_ordered(records, found), key=lambda r: not own(r))
+    found = sorted(ordered(records, found), key=lambda r: not own(r))
     steep = dict.fromkeys(r.candidate for r in found if own(r))
     return Table(
         key="positions",
@@ -247,8 +247,8 @@ def direction(records: Sequence[Record]) -> Table:
                 f"{r.candidate_right:,}", f"{r.disagreed - r.reference_right - r.candidate_right:,}", _signed(r.delta_p_mean),
                 NA if r.delta_p_rms is None else number(100 * r.delta_p_rms), f"{r.documents:,}", f"{r.n:,}",
             )
-            for r in _ordered(records, only(records, TokenRecord))
-            if not again(r)
+            for r in ordered(records, only(records, TokenRecord))
+            if not r.again
         ),
         text_columns=3,
     )  # fmt: skip
@@ -266,7 +266,7 @@ def confidence(records: Sequence[Record]) -> Table:
             (
                 r.candidate, r.phase, r.frozen, f"{r.from_p:g} to {r.to_p:g}", number(r.kl_mean_nats), share(r.disagreed_share), f"{r.n:,}",
             )
-            for r in _ordered(records, only(records, ConfidenceRecord))
+            for r in ordered(records, only(records, ConfidenceRecord))
             if r.candidate != told_from
         ),
         text_columns=4,
@@ -299,14 +299,14 @@ def missing_scales(records: Sequence[Record]) -> Table:
 
 def worst(records: Sequence[Record]) -> list[WorstTokenRecord]:
     """The tokens that each candidate loses most at."""
-    return [r for r in _ordered(records, only(records, WorstTokenRecord)) if r.rank <= WORST_SHOWN]
+    return [r for r in ordered(records, only(records, WorstTokenRecord)) if r.rank <= WORST_SHOWN]
 
 
 def place_curves(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Errors by position as curves, for the figures; floors among them. The middle of each bin stands for it."""
     names, told_from = [c.candidate for c in only(records, CandidateRecord)], reference(records)
     curves = []
-    for r in _ordered(records, only(records, PositionRecord)):
+    for r in ordered(records, only(records, PositionRecord)):
         width = r.starts[1] - r.starts[0] if len(r.starts) > 1 else 1
         floor = r.rung != "total"
         curves.append(
@@ -334,7 +334,7 @@ def task_floor(records: Sequence[Record]) -> Table:
         (r.task, r.filter, r.metric): r for r in found if is_control(r.candidate) and "batches" in r.baseline
     }
     rows = []
-    for r in _ordered(records, found):
+    for r in ordered(records, found):
         floor = floors.get((r.task, r.filter, r.metric))
         if floor is not None and floor is not r:
             rows.append(
@@ -370,12 +370,3 @@ def _is_output(record: LayerRecord, probe: str, rung: str, mode: str) -> bool:
 
 def _signed(value: float | None) -> str:
     return NA if value is None else f"{100 * value:+.3g}"
-
-
-def _ordered(records: Sequence[Record], found: Sequence) -> list:  # type: ignore[type-arg]
-    """In the order of the candidates, bf16 first."""
-    names = sorted(
-        (c.candidate for c in only(records, CandidateRecord)), key=lambda name: not is_control(name)
-    )
-    rank = {name: place for place, name in enumerate(names)}
-    return sorted(found, key=lambda record: rank.get(record.candidate, len(rank)))

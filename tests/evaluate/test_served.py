@@ -27,7 +27,7 @@ from evalkit.records import (
     read_samples,
     to_line,
 )
-from evalkit.report import tables
+from evalkit.report import starts, tables
 from tests.conftest import random_model
 from tests.evaluate.test_endpoint import Server
 
@@ -155,7 +155,7 @@ def test_candidates_are_paired_with_the_baseline_and_starts_with_their_first(run
 
 
 def test_the_spread_over_starts_is_a_table_of_its_own(run):
-    rows = tables.starts(run.read()).rows
+    rows = starts.scores(run.read()).rows
     assert [(row[1], row[3], row[-1]) for row in rows] == [(BASELINE, "2", "0"), (OTHER, "2", "0")]
     assert [row[1] for row in tables.tasks(run.read()).rows] == [BASELINE, OTHER]
     assert "Fresh starts" in (run.path / "report.html").read_text()

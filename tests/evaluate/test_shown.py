@@ -38,7 +38,7 @@ from evalkit.records import (
     WorstTokenRecord,
     only,
 )
-from evalkit.report import tables, terminal
+from evalkit.report import starts, tables, terminal
 from tests.evaluate.test_served import STAND_IN, TASK, TOPK, counting, small_checkpoint
 
 BASELINE, FLOOR, FP8 = "bf16@flashmla", "bf16@flash_attn", "fp8_ds_mla@flashmla"
@@ -227,7 +227,7 @@ def test_the_divergence_of_every_start_is_from_the_baselines_first(made, records
 
 def test_the_spread_over_starts_is_a_table(made, records):
     _, files = made
-    rows = {row[0]: row for row in tables.token_starts(records).rows}
+    rows = {row[0]: row for row in starts.next_tokens(records).rows}
     assert list(rows) == CANDIDATES
     for name in CANDIDATES:
         of_candidate = [name, f"{name}, start 2", f"{name}, start 3"]
@@ -306,7 +306,7 @@ def test_layers_alone_record_what_ran(asked, warm_python, tmp_path):
         ("floor:kernel", None, "no candidate stores bf16 on another backend"),
         ("floor:start", BASELINE, "engine_starts is 1"),
     ]
-    assert not tables.token_starts(found).rows
+    assert not starts.next_tokens(found).rows
     assert "not bf16@reference" in (path / "summary.md").read_text()
 
 

@@ -14,7 +14,14 @@ from evalkit.errors import InputError
 from evalkit.evaluate import tasks
 from evalkit.evaluate.documents import generated_text
 from evalkit.evaluate.lm import Coverage
-from evalkit.evaluate.tasks import TaskRun, load_tasks, refuse_long_prompts, run_tasks, tasks_dir
+from evalkit.evaluate.tasks import (
+    TaskRun,
+    load_tasks,
+    refuse_long_prompts,
+    run_tasks,
+    task_records,
+    tasks_dir,
+)
 from evalkit.stats.paired import compare
 
 
@@ -49,6 +56,24 @@ def test_a_right_answer_scores_and_pairs_with_a_wrong_one():
     (result,) = compare(baseline.samples, candidate.samples)
     assert (result.baseline_score, result.score, result.lost, result.gained) == (1.0, 0.75, 1, 0)
     assert [s.response for s in candidate.samples] == ["", *(doc["answer"] for doc in docs[1:])]
+    (record,) = task_records(
+        "fp8_e4m3:one@reference", "bf16@reference", baseline.samples, candidate.samples,
+        wall_s=1.5, mean_context_tokens=1000.0, share_over_topk=0.25, share_stored_rows=0.5,
+    )  # fmt: skip
+    interval, of_score = result.loss_interval, result.score_interval
+    assert interval is not None
+    assert of_score is not None
+    assert (record.candidate, record.baseline, record.task) == (
+        "fp8_e4m3:one@reference",
+        "bf16@reference",
+        "evalkit_walk_1024",
+    )
+    assert (record.n, record.baseline_score, record.score, record.loss) == (4, 1.0, 0.75, 0.25)
+    assert (record.lost, record.gained, record.mcnemar_p) == (1, 0, result.mcnemar_p)
+    assert (record.loss_lower, record.loss_upper) == (interval.lower, interval.upper)
+    assert (record.score_lower, record.score_upper) == (of_score.lower, of_score.upper)
+    assert (record.wall_s, record.mean_context_tokens) == (1.5, 1000.0)
+    assert (record.share_over_topk, record.share_stored_rows, record.decode_step_ms) == (0.25, 0.5, None)
 
 
 def test_the_prompts_hash_is_that_of_what_was_sent(dummy):
@@ -141,7 +166,7 @@ import json, socket
 def refuse(*a, **k): raise OSError("no network here")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from lm_eval.api.registry import get_model
-from evalkit.evaluate.tasks import run_tasks
+from evalkit.evaluate.tasks import run_tasks, task_records
 (run,) = run_tasks(get_model("dummy")(), ["evalkit_needle_1024"], 2, 0, candidate="a")
 print(json.dumps([s.prompt_sha256 for s in run.samples]))
 """

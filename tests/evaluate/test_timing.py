@@ -18,7 +18,7 @@ from evalkit.evaluate.engines import decoding, timing
 from evalkit.evaluate.engines.base import Label, Prompt, Span
 from evalkit.evaluate.engines.decoding import TIMED_CALLS, Decoder
 from evalkit.evaluate.engines.native import NativeEngine
-from evalkit.evaluate.engines.timing import Call, HostWatch, StreamWatch, step_time
+from evalkit.evaluate.engines.timing import Call, HostClock, StreamClock, step_time
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import load_tasks, run_tasks, task_records
 from evalkit.schema import from_values, to_line
@@ -54,7 +54,7 @@ def clock(monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(HostWatch, "mark", mark)
+    monkeypatch.setattr(HostClock, "mark", mark)
     monkeypatch.setattr(Decoder, "_step", stepped(Decoder._step))
     fill = Decoder.fill
     monkeypatch.setattr(Decoder, "fill", lambda *given: (now.update(s=now["s"] + 1e6), fill(*given))[1])
@@ -293,7 +293,7 @@ def test_short_answers_are_timed_in_replayed_steps_of_one_shape(candidate):
 def test_what_was_queued_before_a_call_is_not_in_its_time():
     """The device sleeps for about a second before the first mark, which does not wait for it."""
     device = torch.device("cuda")
-    watch, x = StreamWatch(device), torch.ones(8, device=device)
+    watch, x = StreamClock(device), torch.ones(8, device=device)
     (x + 1).tolist()
     before = watch.mark()
     torch.cuda._sleep(2_000_000_000)

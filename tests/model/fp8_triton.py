@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from evalkit.model import fp8_kernel, fp8_weights
 
+BLOCKS = ((128, 128), (64, 32))
 SHAPES = ((576, 300), (100, 256), (256, 384), (7168, 32))  # blocks cut off at an edge among them
 
 
 def check(device: str, dtype: torch.dtype) -> None:
-    for shape in SHAPES:
+    for shape, block in product(SHAPES, BLOCKS):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1]))
-        codes, scale = fp8_weights.quantise(weight, (128, 128))
+        codes, scale = fp8_weights.quantise(weight, block)
         scale *= 1.37  # no power of two
         wanted = torch.empty(shape, dtype=dtype)
-        fp8_weights.dequantise(codes, scale, (128, 128), wanted)
+        fp8_weights.dequantise(codes, scale, block, wanted)
         got = torch.empty(shape, dtype=dtype, device=device)
-        fp8_kernel.multiply(codes.to(device), scale.to(device), (128, 128), got)
-        assert torch.equal(got.cpu(), wanted), shape
+        fp8_kernel.multiply(codes.to(device), scale.to(device), block, got)
+        assert torch.equal(got.cpu(), wanted), (shape, block)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """A made-up run whose candidates answer, some differently from the baseline: what the report's page is tested on."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from evalkit.evaluate.answers import compare_answers
-from evalkit.records import Record, RunDirectory, SampleRecord, TaskRecord, TokenRecord
+from evalkit.records import Record, RunDirectory, SampleRecord, TaskRecord, TokenRecord, read_samples
+from evalkit.report import html
+from tests.report.browser import Browser
 from tests.report.conftest import CANDIDATES, _layers, _opening
 from tests.report.nights import filled
 
@@ -104,3 +107,25 @@ def make_run(folder: Path) -> RunDirectory:
             for record in records:
                 write.write(record)
     return made
+
+
+Changed = TypeVar("Changed", bound=Record)
+
+
+def rewritten(
+    run: RunDirectory, folder: Path, kind: type[Changed], change: Callable[[Changed], Changed]
+) -> Path:
+    """The report of the same run with records of one kind changed."""
+    made = RunDirectory.create(folder, "rewritten", {}, "evalkit run")
+    with made.stage("all") as write:
+        for record in [*run.read(), *read_samples(run.path)]:
+            if record.kind != "stage":
+                write.write(change(record) if isinstance(record, kind) else record)
+    return html.write(made.path)
+
+
+def charted(browse: Callable[..., Browser], page: Path, **options: Any) -> Browser:
+    """A browser at a report whose chart of cost and loss is drawn."""
+    browser = browse(page, **options)
+    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    return browser

@@ -97,6 +97,13 @@ class Browser:
                 "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1
             )
 
+    def choose(self, select: str, value: str) -> None:
+        """Choose in a select element, by its id."""
+        self.script(
+            f"(() => {{ const s = document.getElementById({json.dumps(select)}); s.value = {json.dumps(value)};"
+            " s.dispatchEvent(new Event('change')); })()"
+        )
+
     def key(self, name: str, code: int, text: str = "") -> None:
         for kind in ("keyDown", "keyUp"):
             more = {"text": text} if text and kind == "keyDown" else {}

@@ -1,34 +1,27 @@
-"""The page of a report in Chromium, and what its flips and its cost chart are made of."""
+"""The page of a report in Chromium, and what its flips are made of."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from evalkit.records import (
     AnswerLengthRecord,
     AnswerShareRecord,
-    CandidateRecord,
-    EnvironmentRecord,
     FirstDifferenceRecord,
     RunDirectory,
     SampleRecord,
     TaskRecord,
-    TokenRecord,
     only,
     read_samples,
 )
-from evalkit.report import flips, html, plots
+from evalkit.report import flips, html
 from evalkit.report.answers import answers
 from tests.report import answered
-from tests.report.answered import BASELINE, CONTROL, DAMAGED, HOSTILE, TASKS, token_text
+from tests.report.answered import BASELINE, CONTROL, DAMAGED, HOSTILE, TASKS, charted, rewritten, token_text
 from tests.report.browser import Browser, browsers
-from tests.report.conftest import CANDIDATES
 
 Browse = Callable[..., Browser]
 
@@ -139,36 +132,6 @@ def test_samples_without_tokens_are_shown_without_a_mark():
     assert not any(side["marked"] for side in item["sides"])
 
 
-def test_the_chart_holds_every_candidates_bytes_loss_and_divergence(run: RunDirectory):
-    records = run.read()
-    found = {one["name"]: one for one in plots.tradeoff(records)["candidates"]}
-    assert next(iter(found)) == BASELINE
-    for record in only(records, CandidateRecord):
-        one = found[record.candidate]
-        assert one["bytes"] == record.row_bytes_per_token
-        (token,) = [r for r in only(records, TokenRecord) if r.candidate == record.candidate]
-        assert (one["kl"]["value"], one["kl"]["n"]) == (token.kl_mean_nats, token.n)
-        for task in one["tasks"]:
-            (score,) = [r for r in only(records, TaskRecord) if (r.candidate, r.task) == (record.candidate, task["task"])]  # fmt: skip
-            assert task["value"] == 100 * score.loss
-            assert (task["lower"], task["upper"]) == (100 * score.loss_lower, 100 * score.loss_upper)
-            assert task["time"] == {
-                "value": score.decode_step_ms, "lower": score.decode_step_lower_ms, "upper": score.decode_step_upper_ms,
-                "sequences": 8, "columns": 1024.5, "steps": 1234, "graph": record.candidate != BASELINE,
-            }  # fmt: skip
-
-
-def test_a_task_whose_steps_nobody_timed_has_no_time_on_the_chart(run: RunDirectory):
-    records = [untimed(r) if isinstance(r, TaskRecord) and r.task == TASKS[1] else r for r in run.read()]
-    for one in plots.tradeoff(records)["candidates"]:
-        assert {task["task"]: task["time"] is None for task in one["tasks"]} == {TASKS[0]: False, TASKS[1]: True}  # fmt: skip
-
-
-def untimed(record: TaskRecord) -> TaskRecord:
-    """As records were before decode steps were timed."""
-    return dataclasses.replace(record, decode_step_ms=None, decode_step_lower_ms=None, decode_step_upper_ms=None, decode_sequences=None, decode_columns=None, decode_steps=None, decode_graph=None)  # fmt: skip
-
-
 def test_the_table_of_answers_prints_its_records(run: RunDirectory):
     records = run.read()
     rows = {(row[0], row[1]): row for row in answers(records).rows}
@@ -192,17 +155,9 @@ def shown(browser: Browser) -> list[str]:
     return browser.script("[...document.querySelectorAll('#flip-list li')].map(one => one.innerText.replace(/\\s+/g, ' '))")  # fmt: skip
 
 
-def choose(browser: Browser, select: str, value: str) -> None:
-    browser.script(
-        f"(() => {{ const s = document.getElementById({json.dumps(select)}); s.value = {json.dumps(value)};"
-        " s.dispatchEvent(new Event('change')); })()"
-    )
-
-
 @browsers
 def test_charts_and_flips_are_drawn_without_a_network(page: Path, browse: Browse):
-    browser = browse(page)
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    browser = charted(browse, page)
     charts = browser.script(
         "[...document.querySelectorAll('.chart')].map(c => c.querySelectorAll('.main-svg').length)"
     )
@@ -216,17 +171,17 @@ def test_filters_leave_what_they_name(page: Path, run: RunDirectory, browse: Bro
     browser, flipped = browse(page), expected(run)
     assert len(shown(browser)) == len(flipped)
     candidate = "fp8_ds_mla@flashmla"
-    choose(browser, "flip-candidate", candidate)
-    choose(browser, "flip-task", TASKS[1])
+    browser.choose("flip-candidate", candidate)
+    browser.choose("flip-task", TASKS[1])
     for direction in ("lost", "gained"):
-        choose(browser, "flip-direction", direction)
+        browser.choose("flip-direction", direction)
         wanted = sorted(d for (name, task, d), way in flipped.items() if (name, task, way) == (candidate, TASKS[1], direction))  # fmt: skip
         assert shown(browser) == [f"{TASKS[1]}, document {d} {candidate}: {direction}" for d in wanted]
         assert (
             browser.script("document.getElementById('flip-count').textContent")
             == f"{len(wanted)} of {len(flipped)}"
         )
-    choose(browser, "flip-candidate", DAMAGED)
+    browser.choose("flip-candidate", DAMAGED)
     if not shown(browser):
         assert "No document flipped so" in browser.script("document.getElementById('flip-shown').innerText")
 
@@ -282,162 +237,9 @@ def test_both_transcripts_stand_side_by_side_and_nothing_in_them_runs(
 
 
 @browsers
-def test_the_chart_shows_the_records_values(page: Path, run: RunDirectory, browse: Browse):
-    browser, records = browse(page), run.read()
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
-    traces = "document.getElementById('trade-chart').data.map(t => [t.name, t.y[0], t.error_y.array[0], t.error_y.arrayminus[0], t.text[0]])"
-    for name, y, above, below, hover in browser.script(traces):
-        (score,) = [r for r in only(records, TaskRecord) if (r.candidate, r.task) == (name, TASKS[0])]
-        assert y == pytest.approx(100 * score.loss)
-        assert (y - below, y + above) == pytest.approx((100 * score.loss_lower, 100 * score.loss_upper))
-        assert f"n = {score.n}" in hover
-    choose(browser, "trade-down", "")
-    kl = {r.candidate: r for r in only(records, TokenRecord)}
-    for name, y, *_, hover in browser.script(traces):
-        record = kl[name.partition(" (")[0]]
-        assert y == (pytest.approx(record.kl_mean_nats) if record.kl_mean_nats else None)
-        assert "n = 2,048" in hover
-    assert not any(browser.script("document.getElementById('trade-chart').data.map(t => t.error_x.visible)"))
-    title = "document.querySelector('#trade-chart .xtitle').textContent"
-    assert browser.script(title) == "bytes per token"
-    choose(browser, "trade-across", "ms")
-    across = "document.getElementById('trade-chart').data.map(t => [t.name, t.x[0], t.error_x.visible, t.error_x.array[0], t.error_x.arrayminus[0], t.text[0]])"
-    for task, timed_on in (("", TASKS[0]), (TASKS[0], TASKS[0]), (TASKS[1], TASKS[1])):
-        choose(browser, "trade-down", task)
-        points = browser.script(across)
-        assert len(points) == len(CANDIDATES)
-        for name, x, visible, above, below, hover in points:
-            (score,) = [r for r in only(records, TaskRecord) if (r.candidate, r.task) == (name.partition(" (")[0], timed_on)]  # fmt: skip
-            assert x == score.decode_step_ms
-            assert visible
-            assert (x - below, x + above) == pytest.approx((score.decode_step_lower_ms, score.decode_step_upper_ms))  # fmt: skip
-            assert f"ms a decode step of 8 sequences, 95 %: {score.decode_step_lower_ms:#.3g} to " in hover
-            assert ("in a CUDA graph" in hover) == score.decode_graph
-    assert browser.script(title) == "ms a decode step of 8 sequences"
-    drawn = "[...document.querySelectorAll('#trade-chart .xerror')].filter(bar => bar.getBoundingClientRect().width > 2).length"
-    assert browser.script(drawn) == len(CANDIDATES), "bars across"
-
-
-@browsers
-def test_equal_losses_do_not_hide_each_others_times(run: RunDirectory, tmp_path: Path, browse: Browse):
-    """Markers whose bars overlap are set apart by a few pixels; times and the ends of all bars stay what the records say."""
-    made: Any = RunDirectory.create(tmp_path, "equal", {}, "evalkit run")
-    with made.stage("all") as write:
-        for record in [*run.read(), *read_samples(run.path)]:
-            if record.kind != "stage":
-                wide = {"decode_step_lower_ms": 0.1, "decode_step_upper_ms": 1e3}
-                same = {"loss": 0.0, "loss_lower": -0.1, "loss_upper": 0.2} | wide
-                write.write(dataclasses.replace(record, **same) if isinstance(record, TaskRecord) else record)  # type: ignore[arg-type]
-    browser = browse(html.write(made.path))
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
-    choose(browser, "trade-across", "ms")
-    points = browser.script(
-        "document.getElementById('trade-chart').data.map(t => [t.name, t.x[0], t.y[0], t.error_y.array[0], t.error_y.arrayminus[0]])"
-    )
-    times = {r.candidate: r.decode_step_ms for r in only(run.read(), TaskRecord) if r.task == TASKS[0]}
-    assert {name: x for name, x, *_ in points} == times
-    for _, _, y, above, below in points:
-        assert (y - below, y + above) == pytest.approx((-10, 20))
-    heights = browser.script(
-        "[...document.querySelectorAll('#trade-chart .points path')].map(p => p.getBoundingClientRect()).map(r => r.y + r.height / 2)"
-    )
-    assert len(heights) == len(CANDIDATES)
-    assert heights == sorted(heights), "the first candidate is at the top"
-    assert min(b - a for a, b in pairwise(heights)) > 5
-    assert max(abs(y) for _, _, y, *_ in points) < 2
-
-
-def apart(record: TaskRecord) -> TaskRecord:
-    """The same loss for every candidate, and times whose intervals do not touch."""
-    ms = 10.0 * (1 + CANDIDATES.index(record.candidate))
-    time = {"decode_step_ms": ms, "decode_step_lower_ms": ms - 1, "decode_step_upper_ms": ms + 1}
-    return dataclasses.replace(record, loss=0.01, loss_lower=-0.1, loss_upper=0.2, **time)
-
-
-@browsers
-def test_a_point_that_covers_none_is_drawn_at_its_loss(run: RunDirectory, tmp_path: Path, browse: Browse):
-    made: Any = RunDirectory.create(tmp_path, "apart", {}, "evalkit run")
-    with made.stage("all") as write:
-        for record in [*run.read(), *read_samples(run.path)]:
-            if record.kind != "stage":
-                write.write(apart(record) if isinstance(record, TaskRecord) else record)  # type: ignore[arg-type]
-    browser = browse(html.write(made.path))
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
-    choose(browser, "trade-across", "ms")
-    drawn = browser.script("document.getElementById('trade-chart').data.map(t => [t.x[0], t.y[0]])")
-    assert sorted(drawn) == [[10.0 * (1 + place), 1.0] for place in range(len(CANDIDATES))]
-
-
-@browsers
-def test_a_task_whose_steps_were_not_timed_says_so(run: RunDirectory, tmp_path: Path, browse: Browse):
-    """One task generates, the other only scores: an empty chart would be a riddle."""
-    made: Any = RunDirectory.create(tmp_path, "one-timed", {}, "evalkit run")
-    with made.stage("all") as write:
-        for record in [*run.read(), *read_samples(run.path)]:
-            if record.kind != "stage":
-                scored = isinstance(record, TaskRecord) and record.task == TASKS[1]
-                write.write(untimed(record) if scored else record)  # type: ignore[arg-type]
-    browser = browse(html.write(made.path))
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
-    choose(browser, "trade-across", "ms")
-    choose(browser, "trade-down", TASKS[1])
-    said = "document.getElementById('trade-chart').textContent"
-    assert browser.script(said) == f"No decode step was timed on {TASKS[1]}."
-    for _ in range(2):
-        choose(browser, "trade-down", TASKS[0])
-        assert "No decode step" not in browser.script(said)
-        assert browser.script("document.querySelectorAll('#trade-chart .points path').length") == len(
-            CANDIDATES
-        )
-    assert browser.errors == []
-
-
-@browsers
-def test_many_equal_losses_are_set_apart_by_little(run: RunDirectory, tmp_path: Path, browse: Browse):
-    """However many there are, a marker stays near its loss, and no two candidates look alike."""
-    made: Any = RunDirectory.create(tmp_path, "many", {}, "evalkit run")
-    records = run.read()
-    candidate = only(records, CandidateRecord)[-1]
-    (score,) = [
-        r for r in only(records, TaskRecord) if (r.candidate, r.task) == (candidate.candidate, TASKS[0])
-    ]
-    with made.stage("all") as write:
-        write.write(only(records, EnvironmentRecord)[0])
-        for number in range(14):
-            name = f"fp8_{number}@flashmla"
-            write.write(dataclasses.replace(candidate, candidate=name))
-            write.write(dataclasses.replace(score, candidate=name, loss=0.0, loss_lower=-0.1, loss_upper=0.2))
-    browser = browse(html.write(made.path))
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
-    choose(browser, "trade-across", "ms")
-    points = browser.script(
-        "document.getElementById('trade-chart').data.map(t => [t.y[0], t.marker.color, t.marker.symbol])"
-    )
-    assert len(points) == 14
-    assert max(abs(y) for y, *_ in points) < 2, "of bars from -10 to 20"
-    assert len({(colour, symbol) for _, colour, symbol in points}) == 14
-
-
-@browsers
-def test_without_timed_steps_the_chart_offers_bytes_alone(run: RunDirectory, tmp_path: Path, browse: Browse):
-    made: Any = RunDirectory.create(tmp_path, "untimed", {}, "evalkit run")
-    with made.stage("all") as write:
-        for record in [*run.read(), *read_samples(run.path)]:
-            if record.kind != "stage":
-                write.write(untimed(record) if isinstance(record, TaskRecord) else record)  # type: ignore[arg-type]
-    page = html.write(made.path)
-    browser = browse(page)
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
-    assert browser.script("[...document.getElementById('trade-across').options].map(o => o.value)") == ["bytes"]  # fmt: skip
-    assert "No decode step was timed in this run." in page.read_text(encoding="utf-8")
-    assert browser.script("document.getElementById('trade-chart').data.length") == len(CANDIDATES)
-
-
-@browsers
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_phone_needs_no_sideways_scrolling(page: Path, browse: Browse, dark: bool):
-    browser = browse(page, dark=dark, width=390, height=844)
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    browser = charted(browse, page, dark=dark, width=390, height=844)
     assert browser.script("document.documentElement.scrollWidth") <= 390
     left, right = browser.script("[...document.querySelectorAll('.sides > div')].map(box => box.getBoundingClientRect().x)")  # fmt: skip
     assert left == right, "transcripts stand one below the other"
@@ -445,15 +247,11 @@ def test_a_phone_needs_no_sideways_scrolling(page: Path, browse: Browse, dark: b
 
 @browsers
 def test_a_long_task_name_breaks_on_a_phone(run: RunDirectory, tmp_path: Path, browse: Browse):
-    made: Any = RunDirectory.create(tmp_path, "long", {}, "evalkit run")
     name = "someones_own_task_with_a_rather_long_name_of_2048_tokens"
-    with made.stage("all") as write:
-        for record in run.read():
-            if record.kind != "stage":
-                named = isinstance(record, TaskRecord) and record.task == TASKS[0]
-                write.write(dataclasses.replace(record, task=name) if named else record)  # type: ignore[arg-type,call-arg]
-    browser = browse(html.write(made.path), width=390, height=844)
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    made = rewritten(
+        run, tmp_path, TaskRecord, lambda r: dataclasses.replace(r, task=name) if r.task == TASKS[0] else r
+    )
+    browser = charted(browse, made, width=390, height=844)
     assert name in browser.script("document.querySelector('#candidates p').textContent")
     assert browser.script("document.documentElement.scrollWidth") <= 390
 
@@ -462,8 +260,7 @@ def test_a_long_task_name_breaks_on_a_phone(run: RunDirectory, tmp_path: Path, b
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_of_the_page_can_be_read_in_either_scheme(page: Path, browse: Browse, dark: bool):
     """Contrast of at least 4.5 between ink and ground, of what is marked, selected, and of chart labels."""
-    browser = browse(page, dark=dark)
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    browser = charted(browse, page, dark=dark)
     colours = browser.script(
         "['body', '#flips .quiet', '#flip-list small', '.sides mark', '.sides pre', '#trade-chart .legendtext'].map(s => {"
         " const e = document.querySelector(s), style = getComputedStyle(e); let up = e;"
@@ -488,12 +285,6 @@ def contrast(*colours: str) -> float:
 
 @browsers
 def test_without_flips_the_page_has_no_browser(run: RunDirectory, tmp_path: Path, browse: Browse):
-    made: Any = RunDirectory.create(tmp_path, "none", {}, "evalkit run")
-    with made.stage("all") as write:
-        for record in [*run.read(), *read_samples(run.path)]:
-            if record.kind != "stage":
-                same = isinstance(record, SampleRecord)
-                write.write(dataclasses.replace(record, score=1.0) if same else record)  # type: ignore[call-arg]
-    browser = browse(html.write(made.path))
-    browser.wait("document.querySelectorAll('#trade-chart .main-svg').length > 0")
+    made = rewritten(run, tmp_path, SampleRecord, lambda r: dataclasses.replace(r, score=1.0))
+    browser = charted(browse, made)
     assert browser.script("document.getElementById('flips')") is None

@@ -17,7 +17,7 @@ from evalkit.attention.backends import Backend
 from evalkit.attention.cache import BLOCK
 from evalkit.attention.ragged import Ragged
 from evalkit.evaluate.damage import generators
-from evalkit.evaluate.engines.timing import Call, watch
+from evalkit.evaluate.engines.timing import Call, clock
 
 STEPS_AT_ONCE = {"cpu": 1, "cuda": 16}
 TIMED_CALLS = 10  # an interval needs 8
@@ -59,7 +59,7 @@ class Decoder:
         self._steps = 0
         self._recorded: dict[Backend, torch.cuda.CUDAGraph] = {}
         self._replays = 0
-        self._watch, self.timed = watch(self._device), list[Call]()
+        self._clock, self.timed = clock(self._device), list[Call]()
         self._shared = len(shared)
         if shared:
             self._pass(torch.tensor([list(shared)], device=self._device), [sequences], 0)
@@ -90,12 +90,12 @@ class Decoder:
         """
         visible = min(self._ragged.columns, -(-(max(self._column) + count) // BLOCK) * BLOCK)
         before, recorded, replays = self._steps, len(self._recorded), self._replays
-        start = self._watch.mark()
+        start = self._clock.mark()
         tokens = [self._next.clone()]
         for _ in range(count):
             self._advance(visible)
             tokens.append(self._next.clone())
-        end = self._watch.mark()
+        end = self._clock.mark()
         self._column = [min(column + count, self._ragged.columns - 1) for column in self._column]
         found: list[list[int]] = torch.stack(tokens, 1).tolist()
         warm = before >= (STEPS_AT_ONCE["cuda"] if self._records else 1) and recorded == len(self._recorded)
@@ -103,7 +103,7 @@ class Decoder:
             graph = self._replays - replays == count
             self.timed.append(
                 Call(
-                    seconds=self._watch.seconds(start, end),
+                    seconds=self._clock.seconds(start, end),
                     steps=count,
                     sequences=len(self._column),
                     columns=self._ragged.columns if graph else visible,

@@ -16,6 +16,7 @@ from evalkit.errors import InputError
 from evalkit.evaluate.engines.arms import Arm
 from evalkit.evaluate.engines.endpoint import UNSEEN, EndpointEngine
 from evalkit.evaluate.engines.served import Gpus, Served
+from evalkit.model.proof import candidate_record
 from evalkit.records import CandidateRecord
 
 # What servers say that a report has room for; their proof.json has the rest.
@@ -62,20 +63,17 @@ class EndpointScorer(Served):
             url, self.checkpoint, folder, max_length=self.config.max_length, at_once=arm.batch_size
         )
 
+    def refuse_mixed(self, folder: Path) -> None:
+        """Servers of two formats may well be of two versions: their records say so."""
+
     def record(self, arm: Arm, requested: str, proof: dict[str, Any]) -> CandidateRecord:
         candidate = arm.candidate
         told = {**(proof.get("get_server_info") or {}), **(proof.get("version") or {})}
         said = json.dumps({key: told[key] for key in STATED if key in told})
-        return CandidateRecord(
-            candidate=str(candidate),
-            format=candidate.format,
-            scales=candidate.scales,
-            backend=candidate.backend,
+        return candidate_record(
+            candidate,
             kernel=f"unseen: {proof['url']} says {said}",
-            index=candidate.index,
-            read=candidate.read,
             heads=self.heads,
-            row_bytes_per_token=kv.get(candidate.format).row_bytes,
             bytes_per_token_read_back=None,
             requested=requested,
             note=f"ATTENTION: {UNSEEN}",

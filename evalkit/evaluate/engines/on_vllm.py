@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from evalkit.errors import InputError
 from evalkit.evaluate.engines.arms import Arm, starts_of
 from evalkit.evaluate.engines.launch import Launch, launch
 from evalkit.evaluate.engines.served import Gpus, Served
-from evalkit.evaluate.engines.shown import Shown
 from evalkit.evaluate.engines.vllm import PROOF, VllmEngine
+from evalkit.model.proof import candidate_record
 from evalkit.records import CandidateRecord
 
 LENGTH_STEP = 1024  # of an engine's longest context
-IN_ONE_PIECE = (
-    8192  # tokens of a prompt that every version's default takes in one step on a GPU of 70 GiB and more
-)
+# Tokens of a prompt that every version's default takes in one step on a GPU of 70 GiB and more.
+IN_ONE_PIECE = 8192
 # Where a candidate names no backend.
 BEST_BACKEND, BEST_OF = "flashmla", {"fp8_e4m3": "flashinfer"}
 
@@ -98,31 +97,23 @@ class VllmScorer(Served):
         made = self.launch(arm.candidate, arm.batch_size, gpus)
         return VllmEngine(made, folder, python=self.config.engine_python)
 
-    def _fetch(
-        self,
-        arm: Arm,
-        folder: Path,
-        room: Sequence[Gpus],
-        held: list[Any],
-        tasks: Sequence[str],
-        shown: Shown,
-    ) -> None:
-        super()._fetch(arm, folder, room, held, tasks, shown)
-        refuse_versions(folder.parent)
+    def refuse_mixed(self, folder: Path) -> None:
+        """Engines of one run, perhaps of before it was stopped, are of one version of vLLM."""
+        found = sorted({str(json.loads(file.read_text())["vllm"]) for file in folder.rglob(PROOF)})
+        if len(found) > 1:
+            raise InputError(
+                f"engines in {folder} ran vLLM {', '.join(found)}: their numbers would not compare; start a new run"
+            )
 
     def record(self, arm: Arm, requested: str, proof: dict[str, Any]) -> CandidateRecord:
-        first, candidate = proof["layers"][0], arm.candidate
-        return CandidateRecord(
-            candidate=str(candidate),
-            format=candidate.format,
-            scales=candidate.scales,
-            backend=candidate.backend,
+        first = proof["layers"][0]
+        return candidate_record(
+            arm.candidate,
             kernel=f"vLLM {proof['vllm']} {first['backend']} ({first['implementation']}), cache "
             f"{first['cache_dtype']} as {first['cache_tensor']}; index scores: vLLM's own",
             index="fp8",
             read="native",
             heads=first["heads"],
-            row_bytes_per_token=kv.get(candidate.format).row_bytes,
             bytes_per_token_read_back=first["row_bytes"],
             requested=requested,
             note="; ".join(self._notes(proof)),
@@ -137,15 +128,6 @@ class VllmScorer(Served):
         for key in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
             if getattr(self.config, key) > 1:
                 yield f"{key} {getattr(self.config, key)}"
-
-
-def refuse_versions(folder: Path) -> None:
-    """Raise InputError where engines of one run, perhaps of before it was stopped, are of several versions of vLLM."""
-    found = sorted({str(json.loads(file.read_text())["vllm"]) for file in folder.rglob(PROOF)})
-    if len(found) > 1:
-        raise InputError(
-            f"engines in {folder} ran vLLM {', '.join(found)}: their numbers would not compare; start a new run"
-        )
 
 
 def visible_gpus() -> Gpus:

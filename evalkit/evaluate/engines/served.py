@@ -88,6 +88,10 @@ class Served(ABC):
     def record(self, arm: Arm, requested: str, proof: dict[str, Any]) -> CandidateRecord:
         """What ran, by the engine's own account."""
 
+    @abstractmethod
+    def refuse_mixed(self, folder: Path) -> None:
+        """Refuse, whenever an arm's engines have ended, engines in a run's folder whose numbers would not compare."""
+
     def arms(self, damage: float | None) -> list[Arm]:
         """As of this project's own engine; but rows of a serving engine cannot be damaged."""
         if damage is not None:
@@ -126,6 +130,7 @@ class Served(ABC):
             try:
                 asked = self.asked.tasks if arm.name in unasked else []
                 self._fetch(arm, _folder(run, arm), room, held, asked, shown)
+                self.refuse_mixed(run / FOLDER)
             finally:
                 free.put(room)
 

@@ -82,7 +82,7 @@ def step_time(calls: Sequence[Call]) -> StepTime | None:
     )
 
 
-class Watch(Protocol):
+class Clock(Protocol):
     """Marks moments in a device's work; the seconds between two of them exclude what was asked for before the first."""
 
     def mark(self) -> Any: ...
@@ -90,7 +90,7 @@ class Watch(Protocol):
     def seconds(self, start: Any, end: Any) -> float: ...
 
 
-class HostWatch:
+class HostClock:
     """The host's clock, for a device whose work is done when the call that asked for it returns."""
 
     def mark(self) -> float:
@@ -100,7 +100,7 @@ class HostWatch:
         return end - start
 
 
-class StreamWatch:
+class StreamClock:
     """CUDA events in the stream that does the work: reached when all before them is over, so that no mark waits."""
 
     def __init__(self, device: torch.device) -> None:
@@ -116,6 +116,6 @@ class StreamWatch:
         return float(start.elapsed_time(end)) / 1e3
 
 
-def watch(device: torch.device) -> Watch:
+def clock(device: torch.device) -> Clock:
     """What tells time on this device."""
-    return StreamWatch(device) if device.type == "cuda" else HostWatch()
+    return StreamClock(device) if device.type == "cuda" else HostClock()
