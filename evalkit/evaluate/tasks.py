@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.task
+from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
@@ -171,7 +173,7 @@ def load_tasks(
     """The tasks that the names stand for, with their documents.
 
     Raises:
-        InputError: an unknown task, one asked for twice, or one with fewer documents.
+        InputError: an unknown task, one asked for twice, one with fewer documents, or without a metric to pair.
     """
     for name in names:
         if names.count(name) > 1:
@@ -191,6 +193,7 @@ def load_tasks(
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
+        _refuse_unpaired(task)
     return tuple(tasks)
 
 
@@ -206,6 +209,27 @@ def _manager(names: Sequence[str], metadata: dict[str, Any]) -> TaskManager:
     for name in names:
         _refuse_unknown(name, every.all_tasks, ours)
     return every
+
+
+def _paired(task: Task, metric: str) -> bool:
+    """Whether a metric is the mean of its documents' scores, of which more is better: of others no pair tells anything."""
+    # What a task scores and does not declare, lm-eval takes the mean of.
+    return task.aggregation().get(metric, mean) is mean and bool(task.higher_is_better().get(metric, True))
+
+
+def _refuse_unpaired(task: Task) -> None:
+    metrics = task.aggregation()
+    left_out = [metric for metric in metrics if not _paired(task, metric)]
+    if left_out and len(left_out) == len(metrics):
+        raise InputError(
+            f"{task.task_name}: {', '.join(left_out)}: no mean over documents of which more is better, so nothing can be "
+            "paired (evalkit lm-eval runs such tasks)"
+        )
+    for metric in left_out:
+        print(
+            f"{task.task_name}: {metric} is left out: it is no mean over documents of which more is better",
+            file=sys.stderr,
+        )
 
 
 def _refuse_unknown(name: str, known: Sequence[str], ours: TaskManager) -> None:
@@ -229,7 +253,7 @@ def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
     covered = tuple(coverage[before:])
     said = any(span.ids is not None for span in covered)
     # An LM that keeps no tokens may have to fetch its tokenizer.
-    samples = tuple(_samples(candidate, name, rows, covered, lm.tokenizer if said else None))
+    samples = tuple(_samples(candidate, task, rows, covered, lm.tokenizer if said else None))
     # Counted, since lm-eval itself only warns when it loses one.
     for kept in {row["filter"] for row in rows} or {"any"}:
         seen = {row["doc_id"] for row in rows if row["filter"] == kept}
@@ -243,23 +267,26 @@ def _run(lm: LM, task: Task, documents: int, candidate: str) -> TaskRun:
 
 
 def _samples(
-    candidate: str, task: str, rows: list[dict[str, Any]], coverage: Sequence[Coverage], tokenizer: Any
+    candidate: str, task: Task, rows: list[dict[str, Any]], coverage: Sequence[Coverage], tokenizer: Any
 ) -> Iterator[SampleRecord]:
+    name = task.task_name
     generated = {span.doc_id: span for span in coverage if span.truncated is not None}
     for row in rows:
         span = generated.get(row["doc_id"])
         said = transcript(row, None if span is None else span.ids, tokenizer)
         for metric in row["metrics"]:
+            if not _paired(task, metric):
+                continue
             try:
                 score = float(row[metric])
             except (TypeError, ValueError):
                 raise InputError(
-                    f"{task}: {metric} of document {row['doc_id']} is {row[metric]!r}; pairing needs one number "
+                    f"{name}: {metric} of document {row['doc_id']} is {row[metric]!r}; pairing needs one number "
                     "(evalkit lm-eval runs such tasks)"
                 ) from None
             yield SampleRecord(
                 candidate=candidate,
-                task=task,
+                task=name,
                 doc_id=row["doc_id"],
                 prompt_sha256=_prompt_sha256(row["arguments"]),
                 target_sha256=row["target_hash"],

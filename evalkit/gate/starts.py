@@ -21,10 +21,15 @@ def check_starts(run: Evidence, candidate: str, endpoint: PrimaryEndpoint) -> It
     if first is None or not again:
         return
     scores = [first.score, *(r.score for r in again)]
-    most = max((r.lost or 0) + (r.gained or 0) for r in again)
+    otherwise = [r.lost + r.gained for r in again if r.lost is not None and r.gained is not None]
+    apart = (
+        f"at most {max(otherwise)} of {first.n} documents come out otherwise"
+        if otherwise
+        else f"{first.n} graded documents lie at most {100 * max(abs(r.loss) for r in again):.1f} points off on average"
+    )
     yield Check(
         name=f"starts: {endpoint}",
         verdict=Verdict.NON_INFERIOR,
         reason=f"{len(scores)} starts score {100 * min(scores):.1f} to {100 * max(scores):.1f} %; from the first, which "
-        f"counts, at most {most} of {first.n} documents come out otherwise.",
+        f"counts, {apart}.",
     )

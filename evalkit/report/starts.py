@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from evalkit.records import CandidateRecord, Record, TaskRecord, TokenRecord, only
-from evalkit.report.tables import Table, number, ordered, reference, share
+from evalkit.report.tables import NA, Table, number, ordered, reference, share
 
 
 def scores(records: Sequence[Record]) -> Table:
@@ -21,7 +21,9 @@ def scores(records: Sequence[Record]) -> Table:
             if (r.task, r.candidate, r.metric, r.filter) == (task, candidate, metric, filter_)
         )
         every = [first.score, *(r.score for r in others)]
-        otherwise = ", ".join(str((r.lost or 0) + (r.gained or 0)) for r in others)
+        otherwise = ", ".join(
+            NA if r.lost is None or r.gained is None else str(r.lost + r.gained) for r in others
+        )
         rows.append(
             (
                 task,

@@ -1,18 +1,21 @@
 """Two candidates on the same documents: joined one to one, and the loss between them.
 
-The interval is Tango's (Statistics in Medicine 17, 891-908, 1998): it inverts the score test, so at margin 0 it
-agrees with McNemar's, and it stays honest where few documents differ, where a Wald interval collapses.
+Of right and wrong the interval is Tango's (Statistics in Medicine 17, 891-908, 1998): it inverts the score test, so
+at margin 0 it agrees with McNemar's, and it stays honest where few documents differ, where a Wald interval collapses.
+Of graded scores it is `evalkit.stats.means`' bootstrap.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import fsum, isfinite
 from typing import NamedTuple, Protocol
 
 from scipy.stats import binomtest, norm
 
 from evalkit.stats.exact import score_edge
 from evalkit.stats.intervals import Interval, wilson
+from evalkit.stats.means import bootstrap_mean
 
 
 class Scored(Protocol):
@@ -67,8 +70,10 @@ class PairingError(ValueError):
 class Paired:
     """One endpoint of one candidate against its baseline.
 
-    loss is P(baseline right) - P(candidate right); lost counts documents that only the baseline got right,
-    gained those that only the candidate did. Intervals are None below two documents.
+    loss is the mean of baseline's score - candidate's score: of right and wrong, P(baseline right) - P(candidate
+    right). lost counts documents that only the baseline got right, gained those that only the candidate did; these
+    and McNemar's p are None of graded scores. Intervals are None below two documents, of graded scores below 40, or 10
+    that differ.
     """
 
     endpoint: Endpoint
@@ -78,22 +83,27 @@ class Paired:
     baseline_score: float
     loss: float
     loss_interval: Interval | None
-    lost: int
-    gained: int
-    mcnemar_p: float
-    interval_method: str = "tango"
+    lost: int | None
+    gained: int | None
+    mcnemar_p: float | None
+    interval_method: str
 
 
 def compare(baseline: Iterable[Scored], candidate: Iterable[Scored], alpha: float = 0.05) -> list[Paired]:
     """Every endpoint of two candidates' samples, in the order the baseline first names them.
 
     Raises:
-        PairingError: there is no sample, a key comes twice or on one side only, or a score is neither 0 nor 1.
+        PairingError: there is no sample, a key comes twice or on one side only, or a score is missing or not finite.
     """
-    pairs: dict[Endpoint, list[tuple[bool, bool]]] = defaultdict(list)
+    pairs: dict[Endpoint, list[tuple[float, float]]] = defaultdict(list)
     for key, before, after in join(baseline, candidate):
-        pairs[Endpoint(key.task, key.metric, key.filter)].append((_right(key, before), _right(key, after)))
-    return [_paired(endpoint, outcomes, alpha) for endpoint, outcomes in pairs.items()]
+        pairs[Endpoint(key.task, key.metric, key.filter)].append((_finite(key, before), _finite(key, after)))
+    return [
+        (_binary if {score for pair in scores for score in pair} <= {0.0, 1.0} else _graded)(
+            endpoint, scores, alpha
+        )
+        for endpoint, scores in pairs.items()
+    ]
 
 
 def join(
@@ -137,22 +147,43 @@ def tango_interval(lost: int, gained: int, n: int, alpha: float = 0.05) -> Inter
     return Interval(score_edge(lost, gained, n, critical, -1.0), score_edge(lost, gained, n, critical, 1.0))
 
 
-def _paired(endpoint: Endpoint, outcomes: list[tuple[bool, bool]], alpha: float) -> Paired:
-    n = len(outcomes)
-    lost = sum(before and not after for before, after in outcomes)
-    gained = sum(after and not before for before, after in outcomes)
-    right = sum(after for _, after in outcomes)
+def _binary(endpoint: Endpoint, scores: list[tuple[float, float]], alpha: float) -> Paired:
+    n = len(scores)
+    lost = sum(before > after for before, after in scores)
+    gained = sum(after > before for before, after in scores)
+    right = sum(after == 1 for _, after in scores)
     return Paired(
         endpoint=endpoint,
         n=n,
         score=right / n,
         score_interval=wilson(right, n, alpha),
-        baseline_score=sum(before for before, _ in outcomes) / n,
+        baseline_score=sum(before == 1 for before, _ in scores) / n,
         loss=(lost - gained) / n,
         loss_interval=tango_interval(lost, gained, n, alpha),
         lost=lost,
         gained=gained,
         mcnemar_p=mcnemar_p(lost, gained),
+        interval_method="tango",
+    )
+
+
+def _graded(endpoint: Endpoint, scores: list[tuple[float, float]], alpha: float) -> Paired:
+    before, after = (list(side) for side in zip(*scores, strict=True))
+    difference = [b - a for b, a in scores]
+    own, loss = bootstrap_mean(after), bootstrap_mean(difference)
+    n = len(scores)
+    return Paired(
+        endpoint=endpoint,
+        n=n,
+        score=fsum(after) / n,
+        score_interval=None if own is None else own.interval(alpha),
+        baseline_score=fsum(before) / n,
+        loss=fsum(difference) / n,
+        loss_interval=None if loss is None else loss.interval(alpha),
+        lost=None,
+        gained=None,
+        mcnemar_p=None,
+        interval_method="studentised bootstrap",
     )
 
 
@@ -167,12 +198,10 @@ def _by_key(samples: Iterable[Scored], side: str) -> dict[Key, float | None]:
     return dict(keyed)
 
 
-def _right(key: Key, score: float | None) -> bool:
-    if score not in (0, 1):
-        raise PairingError(
-            f"{key}: score {score} is neither 0 nor 1, and this comparison is of right and wrong"
-        )
-    return score == 1
+def _finite(key: Key, score: float | None) -> float:
+    if score is None or not isfinite(score):
+        raise PairingError(f"{key}: its score is {'missing' if score is None else score}")
+    return float(score)
 
 
 def _some(keys: list[Key]) -> str:

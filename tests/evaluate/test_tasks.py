@@ -198,3 +198,71 @@ def test_generated_text_is_a_prompt_with_its_answer():
     assert text != generated_text("walk", 1024, seed=6)
     with pytest.raises(InputError, match="a walk document of 64 tokens"):
         generated_text("walk", 64, seed=5)
+
+
+GRADING = """
+def grade(doc, results):
+    right = sum(a == b for a, b in zip(results[0].split(), doc["answer"].split(), strict=False))
+    return {"share": right / len(doc["answer"].split()), "wrong": float(results[0] != doc["answer"])}
+"""
+GRADED = """
+include: _evalkit_walk_yaml
+task: evalkit_graded
+dataset_kwargs: {generate: {generator: walk, length: [384], steps: [8]}}
+process_results: !function grading.grade
+metric_list:
+"""
+SHARE = "  - {metric: share, aggregation: mean, higher_is_better: true}\n"
+WRONG = "  - {metric: wrong, aggregation: mean, higher_is_better: false}\n"
+
+
+@pytest.fixture
+def graded(tmp_path, monkeypatch):
+    """Write a task that grades, with these metrics."""
+    for name in ("lm_eval_docs.py", "documents", "_evalkit_yaml", "_evalkit_walk_yaml"):
+        (tmp_path / name).symlink_to(tasks_dir() / name)
+    (tmp_path / "grading.py").write_text(GRADING)
+    monkeypatch.setattr(tasks, "tasks_dir", lambda: tmp_path)
+    load_tasks.cache_clear()
+
+    def write(*metrics: str) -> None:
+        (tmp_path / "graded.yaml").write_text(GRADED + "".join(metrics))
+
+    yield write
+    load_tasks.cache_clear()
+
+
+def test_graded_scores_are_recorded_and_compared(graded, capsys):
+    graded(SHARE, WRONG)
+    (task,) = load_tasks(("evalkit_graded",), 4, 3)
+    docs = list(task.eval_docs)
+    right = Knowing({doc["prompt"]: " " + doc["answer"] for doc in docs})
+    half = Knowing(
+        {
+            doc["prompt"]: " " + " ".join(doc["answer"].split()[: len(doc["answer"].split()) // 2])
+            for doc in docs
+        }
+    )
+    (before,) = run_tasks(right, ["evalkit_graded"], 4, 3, candidate="bf16@reference")
+    (after,) = run_tasks(half, ["evalkit_graded"], 4, 3, candidate="fp8_e4m3:one@reference")
+    assert {s.metric for s in after.samples} == {"share"}
+    assert (
+        "evalkit_graded: wrong is left out: it is no mean over documents of which more is better"
+        in capsys.readouterr().err
+    )
+    wanted = [len(doc["answer"].split()) // 2 / len(doc["answer"].split()) for doc in docs]
+    assert [s.score for s in after.samples] == wanted
+    (record,) = task_records(
+        "fp8_e4m3:one@reference", "bf16@reference", before.samples, after.samples,
+        wall_s=1.0, mean_context_tokens=None, share_over_topk=None, share_stored_rows=None,
+    )  # fmt: skip
+    assert (record.baseline_score, record.score) == (1.0, pytest.approx(sum(wanted) / 4))
+    assert (record.lost, record.gained, record.mcnemar_p, record.loss_lower) == (None, None, None, None)
+
+
+def test_a_task_without_a_metric_to_pair_is_refused_before_it_runs(graded):
+    graded(WRONG)
+    with pytest.raises(
+        InputError, match="evalkit_graded: wrong: no mean over documents of which more is better"
+    ):
+        load_tasks(("evalkit_graded",), 4, 3)

@@ -33,3 +33,16 @@ def test_the_first_start_counts_and_the_spread_over_all_is_told(
     )
     others = [check for check in after.candidates[0].checks if check is not told]
     assert others == list(before.candidates[0].checks)
+
+
+def test_starts_of_graded_scores_are_told_by_their_mean(make_run: Callable[..., Path], policy: Policy):
+    path = make_run(6, 6)
+    run = RunDirectory(path)
+    (first,) = (r for r in only(run.read(), TaskRecord) if r.candidate == CANDIDATE)
+    graded = {"lost": None, "gained": None, "loss": -0.0123}
+    with run.stage("again") as write:
+        write.write(replace(first, candidate=f"{CANDIDATE}, start 2", baseline=CANDIDATE, **graded))
+    (told,) = (c for c in judge(path, policy).candidates[0].checks if c.name.startswith("starts: needle"))
+    assert told.reason.endswith(
+        f"which counts, {DOCUMENTS} graded documents lie at most 1.2 points off on average."
+    )

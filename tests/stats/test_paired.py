@@ -145,7 +145,45 @@ def test_nothing_to_compare_is_an_error():
         compare([], [])
 
 
-@pytest.mark.parametrize("score", [0.5, float("nan"), None])
-def test_a_graded_or_missing_score_is_not_counted_as_right_or_wrong(score):
-    with pytest.raises(PairingError, match=r"needle document 1 .* neither 0 nor 1"):
+@pytest.mark.parametrize(("score", "said"), [(float("nan"), "nan"), (float("inf"), "inf"), (None, "missing")])
+def test_a_missing_score_is_not_counted_as_wrong(score, said):
+    with pytest.raises(PairingError, match=f"needle document 1 .*: its score is {said}"):
         compare(samples([1, score]), samples([1, 1]))
+
+
+def test_graded_scores_have_a_bootstrap_interval_of_their_mean_loss():
+    rng = np.random.default_rng(5)
+    before = rng.uniform(0.3, 1.0, 200).tolist()
+    after = [score - loss for score, loss in zip(before, rng.normal(0.05, 0.1, 200), strict=True)]
+    (found,) = compare(samples(before), samples(after))
+    difference = np.subtract(before, after)
+    assert (found.score, found.baseline_score) == (
+        pytest.approx(np.mean(after)),
+        pytest.approx(np.mean(before)),
+    )
+    assert found.loss == pytest.approx(difference.mean())
+    assert (found.lost, found.gained, found.mcnemar_p) == (None, None, None)
+    half = 1.96 * difference.std(ddof=1) / 200**0.5
+    assert tuple(found.loss_interval) == pytest.approx(
+        (difference.mean() - half, difference.mean() + half), abs=half / 10
+    )
+    own = 1.96 * np.std(after, ddof=1) / 200**0.5
+    assert tuple(found.score_interval) == pytest.approx(
+        (np.mean(after) - own, np.mean(after) + own), abs=own / 10
+    )
+    assert found.interval_method == "studentised bootstrap"
+
+
+def test_few_graded_scores_have_no_interval():
+    (found,) = compare(samples([0.5] * 39), samples([0.4] * 39))
+    assert found.loss == pytest.approx(0.1)
+    assert (found.loss_interval, found.score_interval) == (None, None)
+
+
+def test_one_graded_score_among_rights_and_wrongs_makes_them_graded():
+    (found,) = compare(samples([1, 0, 1]), samples([1, 0.5, 0]))
+    assert (found.loss, found.lost, found.interval_method) == (
+        pytest.approx(1 / 6),
+        None,
+        "studentised bootstrap",
+    )
