@@ -34,7 +34,7 @@ def collect(
         identity: what names the checkpoint's bytes; None hashes them all.
     """
     return EnvironmentRecord(
-        commit=_commit(),
+        commit=commit(),
         python=platform.python_version(),
         packages=_packages(),
         device=f"{platform.system()} {platform.machine()}, {device}",
@@ -119,7 +119,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with `-dirty` where files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     try:

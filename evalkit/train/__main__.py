@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from evalkit.errors import InputError
 from evalkit.train import card, checkpoint, evaluate, tokenizer
 from evalkit.train.config import TINY, TrainConfig, refine
 from evalkit.train.loop import Trainer
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, device: torch.device) -> None:
+    state = arguments.out / "state.pt"
+    if arguments.resume and not state.exists():
+        raise InputError(f"there is no {state} to resume from: leave --resume out to train from the start")
     config = TINY if arguments.size == "tiny" else TrainConfig()
     budget = 60 * arguments.minutes
     budget -= min(RESERVE_SECONDS, RESERVE * budget)
@@ -65,7 +69,7 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> None:
     if arguments.workers:
         config = replace(config, workers=arguments.workers)
     trainer = Trainer(config, arguments.out, device)
-    if arguments.resume and (arguments.out / "state.pt").exists():
+    if arguments.resume:
         trainer.resume()
     elif arguments.origin is not None:
         trainer.model.load_state_dict(checkpoint.load(arguments.origin).state_dict())
@@ -81,7 +85,17 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 64 for bad input, said in one line."""
     arguments = _parser().parse_args(argv)
+    try:
+        _dispatch(arguments)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 64
+    return 0
+
+
+def _dispatch(arguments: argparse.Namespace) -> None:
     if arguments.command in ("run", "evaluate"):
         device = torch.device(arguments.device)
         if arguments.command == "run":
@@ -92,7 +106,6 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer.save(tokenizer.train(), arguments.out)
     else:
         card.write(arguments.checkpoint)
-    return 0
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def write(directory: Path) -> Path:
 
 def _training(record: dict[str, Any]) -> str:
     runs = [record]
-    while "origin" in runs[0]:
-        runs.insert(0, runs[0]["origin"])
+    while (origin := runs[0].get("origin")) is not None:
+        runs.insert(0, origin)
     lines = [
         f"\n## Training\n\nOn one {record['device']}, torch {record['torch']}, with seed {record['config']['seed']}; the",
         "phases are bounded by the seconds below (`--minutes` sets them). Documents and tokenizer come from that seed and",
@@ -67,7 +67,7 @@ def _training(record: dict[str, Any]) -> str:
     ]
     for number, run in enumerate(runs, 1):
         refines = f" --refine RUN{number - 1}" if number > 1 else ""
-        at = f" at commit {run['commit']}" if "commit" in run else ""
+        at = f" at commit {commit}" if (commit := run.get("commit")) is not None else ""
         name = f"{number}: `python -m evalkit.train run{refines}`{at}"
         for phase in run["phases"]:
             lines.append(

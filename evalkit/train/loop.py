@@ -7,6 +7,7 @@ Everything lives in the run's directory: `state.pt` (written atomically, so that
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evalkit import environment
+from evalkit.errors import InputError
 from evalkit.train import checkpoint
 from evalkit.train.config import PHASES, TrainConfig
 from evalkit.train.data import TASKS, Loader
@@ -116,13 +119,13 @@ class Trainer:
         """Continues from state.pt.
 
         Raises:
-            ValueError: the state belongs to a run of another model or seed.
+            InputError: the state belongs to a run of another model or seed.
         """
         state = torch.load(self.out / "state.pt", map_location=self.device, weights_only=True)
         for key in ("model", "seed", "stages"):
             mine = asdict(self.config)[key]
             if state["config"][key] != mine:
-                raise ValueError(
+                raise InputError(
                     f"{self.out / 'state.pt'}: its {key} is {state['config'][key]}, this run's {mine}"
                 )
         self.model.load_state_dict(state["model"])
@@ -220,7 +223,8 @@ class Trainer:
         means = self.meter.read()
         self.meter.reset()
         losses = means["loss"]
-        if not all(value == value for value in [*losses.values(), means["indexer_kl"] or 0.0]):
+        found = [*losses.values(), means["lm_loss"], means["indexer_kl"]]
+        if not all(math.isfinite(value) for value in found if value is not None):
             raise FloatingPointError(f"the loss is not finite at step {self.progress.phase_step}: {means}")
         now = time.monotonic()
         if now - self.last_print >= self.config.report_seconds:
@@ -267,6 +271,7 @@ class Trainer:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return {
+            "commit": environment.commit(),
             "config": asdict(self.config),
             "device": name,
             "torch": torch.__version__,

@@ -104,7 +104,11 @@ def rotate(even: Tensor, odd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
 
 
-def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_to_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (x0, x1), (x2, x3), … of x [..., R] and returns their first members, then their second.
+
+    Query and key are turned alike, so their products are those of pairs left in place.
+    """
     return rotate(x[..., 0::2], x[..., 1::2], cos, sin).to(x.dtype)
 
 
@@ -167,10 +171,10 @@ class Attention(nn.Module):
         q_resid = self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_b_proj(q_resid).unflatten(-1, (self.heads, self.nope + self.rope))
         q_nope, q_rope = q.split([self.nope, self.rope], -1)
-        q = torch.cat([q_nope, rotate_interleaved(q_rope, cos[:, None], sin[:, None])], -1).transpose(1, 2)
+        q = torch.cat([q_nope, rotate_to_halves(q_rope, cos[:, None], sin[:, None])], -1).transpose(1, 2)
 
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.config.kv_lora_rank, self.rope], -1)
-        k_rope = rotate_interleaved(k_rope, cos, sin).unsqueeze(2).expand(-1, -1, self.heads, -1)
+        k_rope = rotate_to_halves(k_rope, cos, sin).unsqueeze(2).expand(-1, -1, self.heads, -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, self.nope + self.v))
         k_nope, v = kv.split([self.nope, self.v], -1)
         k, v = torch.cat([k_nope, k_rope], -1).transpose(1, 2), v.transpose(1, 2)

@@ -6,6 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from evalkit import environment
+from evalkit.errors import InputError
+from evalkit.train import __main__ as command
 from evalkit.train import loop
 from evalkit.train.config import TINY, Stage
 from evalkit.train.data import Request, make_batch
@@ -73,8 +76,51 @@ def test_a_resumed_run_has_the_weights_of_one_never_stopped(tmp_path, monkeypatc
 
 def test_resuming_with_another_seed_is_refused(tmp_path):
     Trainer(CONFIG, tmp_path, CPU).save()
-    with pytest.raises(ValueError, match="its seed is 1, this run's 2"):
+    with pytest.raises(InputError, match="its seed is 1, this run's 2"):
         Trainer(replace(CONFIG, seed=2), tmp_path, CPU).resume()
+
+
+def test_resuming_where_there_is_no_state_is_refused_and_trains_nothing(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert command.main(["run", "--out", str(out), "--resume", "--size", "tiny", "--minutes", "0.01"]) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"no {out / 'state.pt'} to resume from" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", ["loss", "lm_loss", "indexer_kl"])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, place, value):
+    trainer = Trainer(CONFIG, tmp_path, CPU)
+
+    def check(added):
+        meter = trainer.meter
+        meter.sums += 1
+        meter.kl += 1
+        sums = {"loss": meter.sums[0, :1], "lm_loss": meter.sums[0, -1:], "indexer_kl": meter.kl[:1]}
+        sums[place] += added
+        trainer._check()
+
+    check(1.0)
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+        check(value)
+
+
+def test_a_run_ends_with_a_card_that_tells_of_every_run_before_it(tmp_path, monkeypatch):
+    """The first run has no origin; the second, which refines it, has."""
+    monkeypatch.setattr(loop, "Loader", InProcessLoader)
+    monkeypatch.setattr(command, "TINY", CONFIG)
+    monkeypatch.setattr(environment, "commit", lambda: "a1b2c3")
+    first, second = tmp_path / "first", tmp_path / "second"
+    asked = ["run", "--size", "tiny", "--documents", "0", "--device", "cpu"]
+    assert command.main([*asked, "--out", str(first)]) == 0
+    monkeypatch.setattr(environment, "commit", lambda: None)
+    assert command.main([*asked, "--out", str(second), "--refine", str(first / "export")]) == 0
+    of_one, of_two = ((out / "export" / "README.md").read_text() for out in (first, second))
+    assert "| 1: `python -m evalkit.train run` at commit a1b2c3 | dense | 8 |" in of_one
+    assert "| 2: " not in of_one
+    assert "| 1: `python -m evalkit.train run` at commit a1b2c3 | dense | 8 |" in of_two
+    assert "| 2: `python -m evalkit.train run --refine RUN1` | dense | 8 |" in of_two
 
 
 def test_the_indexer_phase_leaves_the_model_as_it_was(tmp_path, monkeypatch):

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from evalkit.attention import path
 from evalkit.train import checkpoint
 from evalkit.train.config import TINY, ModelConfig
-from evalkit.train.model import Nano
+from evalkit.train.model import Nano, rope_tables, rotate_to_halves
 
 SMALL = replace(TINY.model, index_topk=24)
 
@@ -88,3 +89,11 @@ def test_an_indexer_that_scores_like_the_attention_has_no_loss():
     only_itself[:, :, 0] = 1
     loss = attention.indexer_kl(x, q_resid, cos, sin, rows, only_itself)
     torch.testing.assert_close(loss, torch.zeros(()))
+
+
+def test_a_rotation_to_halves_is_the_paths_with_first_members_before_second():
+    cos, sin = rope_tables(SMALL, 8, torch.device("cpu"))
+    x = torch.randn(8, SMALL.qk_rope_head_dim, generator=torch.Generator().manual_seed(3))
+    ref = path.rotate_interleaved(x, cos.repeat(1, 2), sin.repeat(1, 2))
+    want = torch.cat([ref[:, 0::2], ref[:, 1::2]], -1)
+    torch.testing.assert_close(rotate_to_halves(x, cos, sin), want)
