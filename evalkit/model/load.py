@@ -27,13 +27,14 @@ def resolve_checkpoint(checkpoint: str | Path) -> Path:
         InputError: there is no such directory, it has no config.json of a supported architecture, or a weights
             file is missing or truncated; the line names the file.
     """
-    embedded = EMBEDDED / str(checkpoint)
-    directory = embedded if embedded.is_dir() else Path(checkpoint)
+    known = sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
+    directory = EMBEDDED / checkpoint if str(checkpoint) in known else Path(checkpoint)
     if not directory.is_dir():
-        known = ", ".join(sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir()))
         raise InputError(
-            f"no checkpoint at {checkpoint}: give a directory with config.json, or one of: {known}"
+            f"no checkpoint at {checkpoint}: give a directory with config.json, or one of: {', '.join(known)}"
         )
+    if directory.name in ("", ".."):
+        directory = directory.resolve()  # records name a checkpoint by its directory
     config = read_json(directory / "config.json")
     if config.get("model_type") not in ARCHITECTURES:
         raise InputError(

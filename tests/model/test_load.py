@@ -44,6 +44,27 @@ def test_a_checkpoint_that_does_not_exist_names_the_embedded_ones() -> None:
         resolve_checkpoint("nowhere")
 
 
+def test_a_dot_is_the_directory_one_is_in(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved)
+    assert resolve_checkpoint(".") == resolve_checkpoint(Path()) == saved.resolve()
+    (tmp_path / "inside").mkdir()
+    copy(saved, tmp_path)
+    monkeypatch.chdir(tmp_path / "inside")
+    assert resolve_checkpoint("..").name == tmp_path.name, "as records name it"
+
+
+def test_a_path_beside_the_embedded_ones_is_no_name_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("..", "dsa-nano/..", ""):
+        with pytest.raises(InputError, match="checkpoint") as refusal:
+            resolve_checkpoint(path)
+        assert "evalkit/checkpoints" not in str(refusal.value)
+
+
 def test_a_directory_without_a_config_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"it has no config\.json"):
         resolve_checkpoint(tmp_path)
