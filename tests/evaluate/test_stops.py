@@ -3,7 +3,7 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from evalkit.evaluate.engines.stops import SILENT_TOKENS, Stops, cut, stopped
+from evalkit.evaluate.engines.stops import SILENT_TOKENS, Stops
 from evalkit.model.load import resolve_checkpoint
 
 UNTIL = [["."], ["Answer:", "\n\n"], ["é"], ["the code "], ["日本"], []]
@@ -88,10 +88,10 @@ def test_hardly_any_text_is_decoded(nano):
     assert len(decoded) == len(set(ids))
 
 
-def test_an_answer_is_cut_behind_the_token_that_ends_it(nano):
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string(nano):
     ids = nano("one. two", add_special_tokens=False)["input_ids"]
-    kept, ended = cut(nano, [2], ["."], ids)
-    assert (nano.decode(kept), ended) == ("one.", True)
-    assert cut(nano, [2], ["?"], ids) == (ids, False)
-    assert stopped(nano, [2], ["."], kept)
-    assert not stopped(nano, [2], ["?"], kept)
+    end = Stops(nano, [2], ["."]).end(ids)
+    assert nano.decode(ids[: end + 1]) == "one."
+    assert Stops(nano, [2], ["."]).end(ids[: end + 1]) == end
+    assert Stops(nano, [2], ["."]).end(ids[:end]) is None
+    assert Stops(nano, [2], ["?"]).end(ids) is None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 # A stop string of n bytes touches at most n tokens that print something; some tokens print nothing.
 SILENT_TOKENS = 8
-NEW_TOKENS = 8  # an engine's step brings no more
 REPLACEMENT = "\ufffd"  # what part of a character decodes to
 
 
@@ -46,23 +44,3 @@ class Stops:
     def _completes(self, ids: Sequence[int], place: int) -> bool:
         tail = self._tokenizer.decode(ids[max(0, place + 1 - self._window) : place + 1])
         return any(stop in tail for stop in self._until)
-
-
-def stopped(tokenizer: Any, stop_ids: Sequence[int], until: Sequence[str], ids: Sequence[int]) -> bool:
-    """Whether one of the tokens that a step has just brought ends the answer `ids`."""
-    return (
-        _stops(tokenizer, tuple(stop_ids), tuple(until)).end(ids, max(0, len(ids) - NEW_TOKENS)) is not None
-    )
-
-
-def cut(
-    tokenizer: Any, stop_ids: Sequence[int], until: Sequence[str], ids: Sequence[int]
-) -> tuple[list[int], bool]:
-    """The answer up to the token that ends it, and whether one does."""
-    end = _stops(tokenizer, tuple(stop_ids), tuple(until)).end(ids)
-    return (list(ids), False) if end is None else (list(ids[: end + 1]), True)
-
-
-@lru_cache(maxsize=64)
-def _stops(tokenizer: Any, stop_ids: tuple[int, ...], until: tuple[str, ...]) -> Stops:
-    return Stops(tokenizer, stop_ids, until)
