@@ -25,12 +25,11 @@ class Figures:
         cosine: of the two as single vectors; None when either is all zeros.
         relative_l2: norm of the error over the norm of the reference; None for an all-zero reference.
         symmetric_distance: 1 - 2<x,y>/(|x|^2 + |y|^2), which sees scale; None when both are all zeros.
-        max_abs_error: largest |got - ref|, at token `max_abs_token`, position `max_abs_position` within the
-            token.
+        max_abs_error: largest |got - ref|, at token `max_abs_token`.
         max_abs_got, max_abs_ref: the two values there.
         sqnr_db: reference power over error power in decibels; None without an error or without a reference.
         abs_p50, abs_p99, abs_p999: percentiles of |got - ref|, each within 3.2 %; see above for long tokens.
-        token_relative_l2_mean, token_relative_l2_max: over tokens whose reference is not all zeros.
+        token_relative_l2_mean: over tokens whose reference is not all zeros.
         nonfinite: values of got that are NaN or infinite; they are in no other figure, and a gate must fail
             on them.
         tokens: rows seen. n: finite values compared.
@@ -41,7 +40,6 @@ class Figures:
     symmetric_distance: float | None
     max_abs_error: float | None
     max_abs_token: int | None
-    max_abs_position: int | None
     max_abs_got: float | None
     max_abs_ref: float | None
     sqnr_db: float | None
@@ -49,7 +47,6 @@ class Figures:
     abs_p99: float | None
     abs_p999: float | None
     token_relative_l2_mean: float | None
-    token_relative_l2_max: float | None
     nonfinite: int
     tokens: int
     n: int
@@ -65,8 +62,8 @@ class Accumulator:
         self.rows: list[Tensor] | None = [] if keep_rows else None
         self.got_sq = self.ref_sq = self.dot = self.error_sq = 0.0
         self.histogram = torch.zeros(BINS, dtype=torch.int64)
-        self.worst: tuple[float, int, int, float, float] | None = None
-        self.row_sum, self.row_max, self.row_count = 0.0, 0.0, 0
+        self.worst: tuple[float, int, float, float] | None = None
+        self.row_sum, self.row_count = 0.0, 0
         self.nonfinite = self.tokens = self.n = 0
 
     def add(self, got: Tensor, ref: Tensor, where: Tensor | None = None) -> None:
@@ -107,7 +104,7 @@ class Accumulator:
         # -1 in a part of which the mask leaves nothing.
         if float(found.largest[row]) > (-1.0 if self.worst is None else self.worst[0]):
             there = float(got[row, at]), float(ref[row, at])
-            self.worst = (float(found.largest[row]), self.tokens + row, at, *there)
+            self.worst = (float(found.largest[row]), self.tokens + row, *there)
         got_sq, ref_sq, dot, error_sq = found.sums.sum(0).tolist()
         self.got_sq += got_sq
         self.ref_sq += ref_sq
@@ -121,7 +118,6 @@ class Accumulator:
         relative = norms[defined, 0] / norms[defined, 1]
         if len(relative):
             self.row_sum += float(relative.sum())
-            self.row_max = max(self.row_max, float(relative.max()))
             self.row_count += len(relative)
         self.tokens += len(ref)
         self.n += values
@@ -180,7 +176,7 @@ class Accumulator:
         if self.n == 0 and self.nonfinite == 0:
             raise ValueError("nothing was compared: no chunk was added")
         measured, power = self.n > 0, self.got_sq * self.ref_sq
-        worst = self.worst or (None, None, None, None, None)
+        worst = self.worst or (None, None, None, None)
         return Figures(
             cosine=max(-1.0, min(1.0, self.dot / math.sqrt(power))) if power > 0 else None,
             relative_l2=math.sqrt(self.error_sq / self.ref_sq) if self.ref_sq > 0 else None,
@@ -188,15 +184,13 @@ class Accumulator:
             symmetric_distance=_ratio(self.error_sq, self.got_sq + self.ref_sq),
             max_abs_error=worst[0],
             max_abs_token=worst[1],
-            max_abs_position=worst[2],
-            max_abs_got=worst[3],
-            max_abs_ref=worst[4],
+            max_abs_got=worst[2],
+            max_abs_ref=worst[3],
             sqnr_db=_decibels(self.ref_sq, self.error_sq),
             abs_p50=self._percentile(0.5),
             abs_p99=self._percentile(0.99),
             abs_p999=self._percentile(0.999),
             token_relative_l2_mean=_ratio(self.row_sum, self.row_count) if measured else None,
-            token_relative_l2_max=self.row_max if self.row_count else None,
             nonfinite=self.nonfinite,
             tokens=self.tokens,
             n=self.n,

@@ -20,12 +20,10 @@ from evalkit.attention import backends
 from evalkit.candidate import Candidate
 from evalkit.compare.arms import REFERENCE, Subject
 from evalkit.errors import InputError
-from evalkit.records import LayerRecord
 
 KERNEL, SPLIT, BATCH, NOISE = "floor:kernel", "floor:split", "floor:batch", "floor:noise"
 START = "floor:start"
 HALF_ULP: Final = 2.0**-9
-LATENT_DIM: Final = 512
 
 
 def floors(model: Any, *, kernel_only: bool = False, frozen: bool = True) -> list[Subject]:
@@ -93,7 +91,7 @@ def row_noise(layer: nn.Module, size: float, seed: int) -> Iterator[None]:
         return noisy(out)
 
     def on_rope(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        return torch.cat([out[..., :LATENT_DIM], noisy(out[..., LATENT_DIM:])], -1)
+        return torch.cat([out[..., : attention.latent], noisy(out[..., attention.latent :])], -1)
 
     hooks = [
         attention.kv_a_layernorm.register_forward_hook(on_latent),
@@ -115,25 +113,3 @@ def _dithered(x: Tensor, generator: torch.Generator) -> Tensor:
     # The dropped bits carry into the kept ones; what is not finite must not turn into something else on the way.
     rounded = ((x.view(torch.int32) + low) & -(1 << 16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).bfloat16()
-
-
-def multiple(total: LayerRecord, floor: LayerRecord | None) -> float | None:
-    """A candidate's relative L2 in multiples of the other-kernel floor at the same place.
-
-    None ("n/a") without such a floor, or where it is zero.
-
-    Raises:
-        ValueError: the two records are not of the same place, or are not a total and a kernel floor.
-    """
-    if floor is None:
-        return None
-    place = ("layer", "phase", "mode", "probe", "frozen")
-    apart = [name for name in place if getattr(total, name) != getattr(floor, name)]
-    if apart or (total.rung, floor.rung) != ("total", KERNEL):
-        raise ValueError(
-            f"no multiple of {floor.rung} for {total.rung}: a total and {KERNEL} of one place are needed, "
-            f"these are of different places in {apart}: {total}, {floor}"
-        )
-    if total.relative_l2 is None or not floor.relative_l2:
-        return None
-    return total.relative_l2 / floor.relative_l2

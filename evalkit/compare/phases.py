@@ -255,10 +255,8 @@ def _layer_records(subject: Subject, layer: int, phases: Mapping[str, list[Tenso
 
 
 def _kl_records(candidate: Candidate, phases: Mapping[str, list[Tensor]]) -> Iterator[PhaseRecord]:
-    # Rounding may leave a divergence of zero a little below it.
-    values = {phase: [rows.clamp(min=0.0) for rows in parts] for phase, parts in phases.items()}
-    for phase, fields in _against_least(values, root=False).items():
-        joined = torch.cat(values[phase])
+    for phase, fields in _against_least(phases, root=False).items():
+        joined = _joined(phases[phase])
         yield PhaseRecord(
             candidate=str(candidate),
             layer=None,

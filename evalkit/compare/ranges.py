@@ -8,10 +8,9 @@ from typing import Final
 
 from torch import Tensor
 
+from evalkit.kv.e4m3 import E4M3_MAX, TILE
 from evalkit.records import MissingScaleRecord
 
-TILE: Final = 128  # channels of the latent that other formats give a scale of their own
-E4M3_MAX: Final = 448.0
 # A scale of max|x| / 448 is rounded to float32 at best: the largest value must not count as beyond it.
 BEYOND: Final = E4M3_MAX * (1 + 2.0**-22)
 E4M3_SMALLEST_NORMAL: Final = 2.0**-6

@@ -5,7 +5,6 @@ from evalkit.kv.aliases import resolve
 from evalkit.kv.base import RowFormat, formats
 from evalkit.kv.scale_files import from_checkpoint
 from evalkit.kv.scales import (
-    IDENTITY,
     ReadScale,
     Scales,
     calibrate,
@@ -19,7 +18,6 @@ get = formats.get
 names = formats.names
 
 __all__ = [
-    "IDENTITY",
     "ReadScale",
     "RowFormat",
     "Scales",

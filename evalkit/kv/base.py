@@ -12,7 +12,7 @@ from torch import Tensor
 from evalkit.errors import InputError
 from evalkit.kv import pages
 from evalkit.kv.layout import Layout
-from evalkit.kv.scales import IDENTITY, ReadScale, Scales, calibrate
+from evalkit.kv.scales import ReadScale, Scales, calibrate, identity
 from evalkit.registry import Registry
 
 
@@ -79,11 +79,7 @@ class RowFormat(ABC):
         Raises:
             InputError: slots or page_size is below 1.
         """
-        if slots < 1 or page_size < 1:
-            raise InputError(f"a cache of {slots} slots in pages of {page_size}: both must be at least 1")
-        return torch.zeros(
-            -(-slots // page_size), page_size * self.row_bytes, dtype=torch.uint8, device=device
-        )
+        return pages.allocate(slots, self.row_bytes, page_size, device)
 
     def store(self, cache: Tensor, slots: Tensor, latent: Tensor, rope: Tensor, scales: Scales) -> None:
         """Write token t to slots[t]; -1 is skipped, and its bytes stay. NaN is stored as NaN.
@@ -104,7 +100,7 @@ class RowFormat(ABC):
         pages.put_rows(planes, slots, self.encode(latent, rope, scales))
 
     def load(
-        self, cache: Tensor, slots: Tensor, scales: Scales, read_scale: ReadScale = IDENTITY
+        self, cache: Tensor, slots: Tensor, scales: Scales, read_scale: ReadScale = identity
     ) -> tuple[Tensor, Tensor]:
         """The values a reader sees in slots [T], all of them valid: latent [T, C], rope [T, R] float32.
 

@@ -1,4 +1,4 @@
-"""Paged uint8 memory: what a cache must look like, and rows in and out by slot.
+"""Paged uint8 memory: its allocation, what a cache must look like, and rows in and out by slot.
 
 Slot s is row s % page_size of page s // page_size; pages are contiguous, so that slot s is row s of the whole.
 On CUDA nothing here synchronises: shapes are checked, slots are left to the device's own assertion.
@@ -10,6 +10,17 @@ import torch
 from torch import Tensor
 
 from evalkit.errors import InputError
+
+
+def allocate(slots: int, row_bytes: int, page_size: int, device: str | torch.device) -> Tensor:
+    """A zeroed cache, uint8 [pages, page_bytes], of at least that many slots.
+
+    Raises:
+        InputError: slots or page_size is below 1.
+    """
+    if slots < 1 or page_size < 1:
+        raise InputError(f"a cache of {slots} slots in pages of {page_size}: both must be at least 1")
+    return torch.zeros(-(-slots // page_size), page_size * row_bytes, dtype=torch.uint8, device=device)
 
 
 def rows_of(cache: Tensor, row_bytes: int) -> Tensor:

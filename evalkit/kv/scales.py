@@ -47,9 +47,6 @@ def truncate_to_e8m0(scale: Tensor) -> Tensor:
     return (scale.view(torch.int32) & 0x7F80_0000).view(torch.float32)
 
 
-IDENTITY: ReadScale = identity
-
-
 def calibrate(latent_amax: float, rope_amax: float) -> Scales:
     """The smallest scale that saturates neither part, given each part's max|x| over the calibration tokens.
 

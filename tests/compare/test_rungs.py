@@ -1,4 +1,4 @@
-"""Rungs and floors: a call split by hand, noise of a known size, multiples."""
+"""Rungs and floors: a call split by hand, noise of a known size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from evalkit import kv
 from evalkit.attention import backends
 from evalkit.attention.path import AttentionCall
 from evalkit.compare.metrics import relative_l2
-from evalkit.compare.noise import HALF_ULP, KERNEL, kernel_floor, multiple, row_noise
+from evalkit.compare.noise import HALF_ULP, kernel_floor, row_noise
 from evalkit.compare.rungs import rungs
 from evalkit.kv import Scales
-from evalkit.records import LayerRecord
 
 SAME = torch.clone
 
@@ -99,6 +98,7 @@ def test_row_noise_is_of_its_size_repeats_with_its_seed_and_ends_with_its_block(
 def test_row_noise_of_half_a_unit_survives_a_model_that_computes_in_bf16():
     """Rounded to nearest, every value goes back to where it was and the floor reads zero."""
     attention = torch.nn.Module()
+    attention.latent = 512
     attention.kv_a_layernorm = torch.nn.LayerNorm(512)
     attention.kv_a_proj_with_mqa = torch.nn.Linear(64, 576)
     layer = torch.nn.Module()
@@ -125,40 +125,3 @@ def test_without_another_kernel_every_backend_says_why(model: Any):
         pytest.skip(f"{found} runs here")
     assert "flashinfer" in reasons
     assert "flashmla" in reasons
-
-
-def test_a_multiple_needs_a_floor_above_zero_at_the_same_place():
-    numbers = dict.fromkeys(
-        (
-            "cosine",
-            "symmetric_distance",
-            "max_abs_error",
-            "max_abs_token",
-            "max_abs_got",
-            "max_abs_ref",
-            "sqnr_db",
-            "abs_p50",
-            "abs_p99",
-            "abs_p999",
-            "token_relative_l2_mean",
-        )
-    )
-    total = LayerRecord(
-        candidate="fp8_e4m3:one@flashinfer",
-        layer=1,
-        phase="decode",
-        mode="isolated",
-        probe="attention",
-        rung="total",
-        relative_l2=0.03,
-        nonfinite=0,
-        frozen="none",
-        n=10,
-        **numbers,
-    )
-    floor = replace(total, candidate="bf16@flashinfer", rung=KERNEL, relative_l2=0.002)
-    assert multiple(total, floor) == pytest.approx(15)
-    assert multiple(total, None) is None
-    assert multiple(total, replace(floor, relative_l2=0.0)) is None
-    with pytest.raises(ValueError, match="different places"):
-        multiple(total, replace(floor, layer=2))

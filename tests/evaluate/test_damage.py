@@ -7,7 +7,7 @@ from evalkit.errors import InputError
 from evalkit.evaluate.damage import DamagedFormat, damaging
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.kv import Scales
-from evalkit.kv.scales import IDENTITY
+from evalkit.kv.scales import identity
 
 
 @pytest.mark.parametrize("name", kv.names())
@@ -21,7 +21,7 @@ def test_rows_of_every_format_hold_the_noise_that_was_asked_for(name):
     for row_format in (inner, damaged):
         cache = row_format.allocate(64)
         row_format.store(cache, torch.arange(64), latent, rope, Scales())
-        loaded.append(inner.load(cache, torch.arange(64), Scales(), IDENTITY)[0])
+        loaded.append(inner.load(cache, torch.arange(64), Scales(), identity)[0])
     whole, broken = loaded
     assert (broken - whole).norm() / whole.norm() == pytest.approx(noise, rel=0.25)
 

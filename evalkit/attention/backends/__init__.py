@@ -1,4 +1,5 @@
-"""Backends by name: `reference` (exact attention), `flashinfer` and `flashmla` (kernels of the same names).
+"""Backends by name: `reference` (exact attention), `flashinfer` and `flashmla` (kernels of the same names), `emulated`
+(SM100's fp8 arithmetic, modelled, on any device).
 
 `reading` is how a candidate gets its own: the backend with the candidate's `reader` and `read`.
 """

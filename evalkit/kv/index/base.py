@@ -53,11 +53,7 @@ class IndexFormat(ABC):
         Raises:
             InputError: slots or page_size is below 1.
         """
-        if slots < 1 or page_size < 1:
-            raise InputError(f"a cache of {slots} slots in pages of {page_size}: both must be at least 1")
-        return torch.zeros(
-            -(-slots // page_size), page_size * self.key_bytes, dtype=torch.uint8, device=device
-        )
+        return pages.allocate(slots, self.key_bytes, page_size, device)
 
     def byte_planes(self, cache: Tensor) -> tuple[Tensor, ...]:
         """Views of the cache as uint8 [pages, P, width]: the codes, and the scales where there are any.
