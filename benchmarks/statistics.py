@@ -1,13 +1,13 @@
 """What the statistics of evalkit hold, by enumeration and simulation: writes the tables of docs/statistics.md.
 
-    python benchmarks/statistics.py docs/statistics.md
+    python -m benchmarks.statistics docs/statistics.md
 
-It replaces what stands between `<!-- table:NAME -->` and `<!-- end -->`; the prose around stays.
+Each is printed, too, as its rows are found.
 """
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from math import ceil
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom, norm
 
+from benchmarks.pages import write_tables
 from evalkit.stats.exact import (
     NONINFERIOR,
     WORSE,
@@ -34,18 +35,19 @@ Rows = Iterator[tuple[str, ...]]
 
 
 def main(page: Path) -> None:
-    """Write every table into the page."""
-    text = page.read_text(encoding="utf-8")
-    for name, (header, rows) in TABLES.items():
-        lines = [_line(header), _line(["---:"] * len(header)), *map(_line, rows())]
-        print("\n".join(lines), flush=True)
-        text = re.sub(
-            rf"(<!-- table:{name} -->\n).*?(<!-- end -->)",
-            rf"\1{chr(10).join(lines)}\n\2",
-            text,
-            flags=re.DOTALL,
-        )
-    page.write_text(text, encoding="utf-8")
+    """Write every table into the page.
+
+    Raises:
+        InputError: the page lacks a place for one.
+    """
+    write_tables(page, {name: _shown(header, rows) for name, (header, rows) in TABLES.items()})
+
+
+def _shown(header: Sequence[str], rows: Callable[[], Rows]) -> Iterator[str]:
+    """The lines of a table, each printed as soon as it is known."""
+    for cells in chain([header, ["---:"] * len(header)], rows()):
+        print(line := f"| {' | '.join(cells)} |", flush=True)
+        yield line
 
 
 def sizes(documents: Sequence[int] = SIZES) -> Rows:
@@ -171,10 +173,6 @@ def look_errors(count: int, runs: int, seed: int = 0) -> tuple[float, float]:
 def _up(x: float, digits: int) -> float:
     """Rounded up, so that a size of 5.001 % does not read as 5.00 %."""
     return ceil(x * 10**digits - 1e-9) / 10**digits
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evalkit.errors import InputError
+from benchmarks.pages import write_tables
 from evalkit.gate.words import Verdict
 
 NA = "n/a"
@@ -126,25 +125,13 @@ TABLES = {"controls": controls, "doses": doses, "formats": formats}
 
 
 def write(page: Path, found: dict[str, Any]) -> None:
-    """Replace what stands between `<!-- table:NAME -->` and `<!-- end -->` in a page.
+    """Write the tables into a page; formats only where some were judged.
 
     Raises:
         InputError: the page lacks a place.
     """
-    text = page.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        if name == "formats" and not found.get("formats"):
-            continue
-        lines = "\n".join(table(found))
-        text, count = re.subn(
-            rf"(<!-- table:{name} -->\n).*?(<!-- end -->)",
-            lambda place, lines=lines: f"{place[1]}{lines}\n{place[2]}",
-            text,
-            flags=re.DOTALL,
-        )
-        if count != 1:
-            raise InputError(f"{page} has {count} places for the table {name}: one is right")
-    page.write_text(text, encoding="utf-8")
+    judged = bool(found.get("formats"))
+    write_tables(page, {name: make(found) for name, make in TABLES.items() if judged or name != "formats"})
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], text: int = 0) -> Iterator[str]:

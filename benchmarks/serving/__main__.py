@@ -10,7 +10,7 @@ with vLLM in SITE (or installed) runs on one GPU, in steps that are skipped once
                KL divergence of fp8 from bf16 here over there, with an interval; layers
     two-gpus   two arms at once on two GPUs against one after the other; engine starts count (not in the default)
 
-`--step NAME` runs one of them. The floor is vLLM's bf16 on FlashMLA against its bf16 on FlashAttention.
+`--step NAME`, as often as wanted, runs those. The floor is vLLM's bf16 on FlashMLA against its bf16 on FlashAttention.
 """
 
 from __future__ import annotations
@@ -95,7 +95,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--step", choices=[*STEPS, "two-gpus"], action="append")
+    parser.add_argument(
+        "--step",
+        choices=[*STEPS, "two-gpus"],
+        action="append",
+        help="may be repeated; default: the first three",
+    )
     parser.add_argument("--checkpoint", default="dsa-nano")
     parser.add_argument("--documents", type=int, default=96, help="of forced text")
     parser.add_argument("--tokens", type=int, default=2048, help="of each")
@@ -104,6 +109,7 @@ def main() -> None:
     parser.add_argument("--device", help="of the native arms; default: the GPU where there is one")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    inside = bool(os.environ.get("SERVING_NATIVE"))  # in the process that the step native starts
     plan = Plan(
         args.out.resolve(),
         resolve_checkpoint(args.checkpoint).resolve(),
@@ -114,7 +120,7 @@ def main() -> None:
         args.device,
     )
     found: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    for step in [args.step[-1]] if args.step else STEPS:
+    for step in ["native"] if inside else args.step or STEPS:
         began = time.perf_counter()
         if step == "vllm":
             vllm_step(plan)
@@ -124,9 +130,9 @@ def main() -> None:
             found |= report_step(plan)
         else:
             found["two_gpus"] = two_gpus_step(plan)
-        if not os.environ.get("SERVING_NATIVE"):
+        if not inside:
             say(f"[{step}: {time.perf_counter() - began:.1f} s]")
-    if args.json and not os.environ.get("SERVING_NATIVE"):
+    if args.json and not inside:
         args.json.write_text(json.dumps(found, indent=1))
 
 

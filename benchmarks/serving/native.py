@@ -39,7 +39,7 @@ def native_step(plan: Plan) -> None:
         paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         kept = [path for path in paths if not Path(path, "vllm").is_dir()]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(kept), "SERVING_NATIVE": "1"}
-        command = [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:], "--step", "native"]
+        command = [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:]]
         subprocess.run(command, env=environment, check=True)
         return
     import evalkit
