@@ -86,6 +86,7 @@ __all__ = [
     "VerdictRecord",
     "WorstTokenRecord",
     "file_name",
+    "last_judgement",
     "only",
     "output_probe",
     "read",
@@ -100,6 +101,12 @@ R = TypeVar("R", bound=Record)
 def only(records: Sequence[Record], kind: type[R]) -> list[R]:
     """The records of one kind, in their order."""
     return [record for record in records if isinstance(record, kind)]
+
+
+def last_judgement(records: Sequence[Record]) -> list[VerdictRecord]:
+    """The records of the gate's last judgement of a run; empty where it was not judged."""
+    judged = only(records, VerdictRecord)
+    return [r for r in judged if r.judged_utc == judged[-1].judged_utc]
 
 
 def output_probe(records: Sequence[Record]) -> str:

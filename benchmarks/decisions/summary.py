@@ -20,7 +20,7 @@ from evalkit.records import (
     EnvironmentRecord,
     RunDirectory,
     TaskRecord,
-    VerdictRecord,
+    last_judgement,
     only,
 )
 from evalkit.stats.exact import NONINFERIOR, WORSE, critical_value, rejection_edge, rejects
@@ -178,8 +178,7 @@ def formats(out: Path) -> list[dict[str, Any]]:
     for path in sorted((out / "formats").glob("*/run.json")):
         run = RunDirectory(path.parent)
         records = run.read()
-        judged = only(records, VerdictRecord)
-        last = [r for r in judged if r.judged_utc == judged[-1].judged_utc] if judged else []
+        last = last_judgement(records)
         said = {r.candidate: r for r in last if r.check == "candidate"}
         for candidate in only(records, CandidateRecord):
             tasks = [r for r in only(records, TaskRecord) if r.candidate == candidate.candidate]

@@ -80,7 +80,7 @@ def still_needed(outcome: Outcome, endpoint: PrimaryEndpoint, policy: Policy) ->
     design = power.Design(
         margin=endpoint.margin,
         alpha=policy.look_alpha,
-        power=power.each_power(policy.power, len(policy.endpoints)),
+        power=policy.each_power,
         discordance=max(outcome.discordance, abs(policy.true_loss), 1 / n),
         loss=policy.true_loss,
     )

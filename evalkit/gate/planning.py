@@ -60,10 +60,9 @@ def plan(
 
 def words(policy: Policy, planned: Sequence[Planned]) -> Iterator[str]:
     """The plan, line by line."""
-    each = _each_power(policy)
     yield (
         f"{policy.name}: alpha {policy.alpha:g} in {policy.looks} look{'s' * (policy.looks > 1)}, power {policy.power:g}"
-        f", so {each:.3g} for each loss and each planted damage, assumed true loss {100 * policy.true_loss:g} points"
+        f", so {policy.each_power:.3g} for each loss and each planted damage, assumed true loss {100 * policy.true_loss:g} points"
     )
     for one in planned:
         wanted = "no number of documents will do" if one.documents is None else f"{one.documents:,} documents"
@@ -81,10 +80,6 @@ def words(policy: Policy, planned: Sequence[Planned]) -> Iterator[str]:
             yield f"    the documents of that run carry a margin of {100 * one.carries:.1f} points"
 
 
-def _each_power(policy: Policy) -> float:
-    return power.each_power(policy.power, 2 * len(policy.endpoints))
-
-
 def _plan(
     endpoint: PrimaryEndpoint,
     policy: Policy,
@@ -99,7 +94,7 @@ def _plan(
     design = power.Design(
         margin=endpoint.margin,
         alpha=policy.look_alpha,
-        power=_each_power(policy),
+        power=policy.each_power,
         discordance=max(discordance, abs(policy.true_loss)),
         loss=policy.true_loss,
     )
@@ -111,7 +106,7 @@ def _plan(
         alpha=policy.alpha,
     )
     shown = power.planned_documents(design)
-    sensitive = power.sensitive_documents(damage, _each_power(policy))
+    sensitive = power.sensitive_documents(damage, policy.each_power)
     documents = None if shown is None or sensitive is None else max(shown, sensitive)
     seconds, held = _measured(run, endpoint)
     arms = 2 + len(policy.baselines) + len(policy.decide)  # with the control and planted damage

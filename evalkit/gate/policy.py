@@ -15,6 +15,7 @@ from evalkit.errors import InputError
 from evalkit.gate.strict import build
 from evalkit.schema import HINTS
 from evalkit.stats.exact import check
+from evalkit.stats.power import each_power
 
 ANOMALOUS, INCONCLUSIVE = "ANOMALOUS", "INCONCLUSIVE"
 
@@ -144,6 +145,11 @@ class Policy:
     def look_alpha(self) -> float:
         """One-sided level of one look."""
         return self.alpha / self.looks
+
+    @property
+    def each_power(self) -> float:
+        """Power of each thing to be shown, with which all are: of every endpoint its loss, and its planted damage."""
+        return each_power(self.power, 2 * len(self.endpoints))
 
     def to_json(self) -> str:
         """All of it in one form, defaults included."""

@@ -20,7 +20,7 @@ from evalkit.gate.sensitivity import check_baseline, check_coverage, check_damag
 from evalkit.gate.starts import check_starts
 from evalkit.gate.versions import check_itself
 from evalkit.gate.words import Check, Verdict, overall
-from evalkit.records import CandidateRecord, RunDirectory, VerdictRecord, only
+from evalkit.records import CandidateRecord, RunDirectory, VerdictRecord, last_judgement, only
 from evalkit.stats.paired import PairingError
 
 
@@ -37,7 +37,7 @@ class Judged:
 
     @property
     def deciding(self) -> list[Check]:
-        """The checks that gave the verdict; all losses where everything passed."""
+        """The checks that gave the verdict: every one where everything passed."""
         return [check for check in self.checks if check.verdict is self.verdict]
 
 
@@ -205,7 +205,7 @@ def verdict_records(judgement: Judgement, now: datetime) -> list[VerdictRecord]:
             policy_sha256=judgement.policy.sha256,
             post_hoc=judgement.post_hoc,
             against=judgement.against,
-            judged_utc=now.isoformat(timespec="seconds"),
+            judged_utc=now.isoformat(timespec="microseconds"),  # what tells two judgements apart
         )
 
     made = [record("all that decide", "overall", judgement.verdict, *_overall_words(judgement))]
@@ -222,11 +222,10 @@ def verdict_records(judgement: Judgement, now: datetime) -> list[VerdictRecord]:
 def store(run: Path, judgement: Judgement) -> None:
     """Append a judgement to the run, unless it says what the last one said."""
     directory, records = RunDirectory(run), verdict_records(judgement, datetime.now(UTC))
-    earlier = only(directory.read(), VerdictRecord)
-    last = [r for r in earlier if r.judged_utc == earlier[-1].judged_utc] if earlier else []
-    if [_said(r) for r in last] == [_said(r) for r in records]:
+    earlier = directory.read()
+    if [_said(r) for r in last_judgement(earlier)] == [_said(r) for r in records]:
         return
-    judged = len({r.judged_utc for r in earlier})
+    judged = len({r.judged_utc for r in only(earlier, VerdictRecord)})
     with directory.stage(f"gate {judged + 1}") as write:
         for record in records:
             write.write(record)

@@ -29,7 +29,7 @@ from evalkit.records import (
     RunDirectory,
     TaskRecord,
     TokenRecord,
-    VerdictRecord,
+    last_judgement,
     only,
     output_probe,
     to_line,
@@ -295,8 +295,8 @@ def _result(run: str, candidate: CandidateRecord, records: Sequence[Record], non
     name = candidate.candidate
     tokens = [r for r in only(records, TokenRecord) if (r.candidate, r.frozen) == (name, "none")]
     token = max(tokens, key=lambda r: r.n, default=None)
-    judged = [r for r in only(records, VerdictRecord) if (r.candidate, r.check) == (name, "candidate")]
-    last = judged[-1] if judged else None
+    judged = (r for r in last_judgement(records) if (r.candidate, r.check) == (name, "candidate"))
+    last = next(judged, None)
     return StoredResult(
         run=run,
         candidate=name,

@@ -5,7 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from evalkit.errors import InputError
-from evalkit.records import Record, VerdictRecord, only, read, write_whole
+from evalkit.records import Record, VerdictRecord, last_judgement, read, write_whole
 
 PASSED, ANOMALOUS = "NON-INFERIOR", "ANOMALOUS"
 SUMS = ("overall", "candidate")
@@ -30,10 +30,9 @@ def render(records: Sequence[Record]) -> str:
     Raises:
         InputError: there is no judgement.
     """
-    judged = only(records, VerdictRecord)
-    if not judged:
+    last = last_judgement(records)
+    if not last:
         raise InputError("the run was not judged: `evalkit gate RUN --policy FILE` does")
-    last = [r for r in judged if r.judged_utc == judged[-1].judged_utc]
     cases = [r for r in last if r.check not in SUMS]
     # A judgement that counts for less than its checks (POST-HOC) must not read as passed.
     if _overall(last).post_hoc:

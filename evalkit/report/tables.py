@@ -4,6 +4,7 @@ The terminal, summary.md and report.html print these same tables. Rows keep the 
 recorded, with bf16 against itself first.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -20,7 +21,7 @@ from evalkit.records import (
     StageRecord,
     TaskRecord,
     TokenRecord,
-    VerdictRecord,
+    last_judgement,
     only,
     output_probe,
 )
@@ -55,12 +56,9 @@ class Table:
 
 def verdicts(records: Sequence[Record]) -> Table:
     """The last judgement: overall, then each candidate with what decided and what it would take."""
-    judged = only(records, VerdictRecord)
-    last = [
-        r for r in judged if r.judged_utc == judged[-1].judged_utc and r.check in ("overall", "candidate")
-    ]
+    last = [r for r in last_judgement(records) if r.check in ("overall", "candidate")]
     policy = (
-        f"Policy {last[0].policy} ({last[0].policy_sha256[:12]}), judged {last[0].judged_utc}"
+        f"Policy {last[0].policy} ({last[0].policy_sha256[:12]}), judged {without_fraction(last[0].judged_utc)}"
         + (", POST-HOC" if last[0].post_hoc else "")
         + (f", against {last[0].against}" if last[0].against else "")
         if last
@@ -455,6 +453,11 @@ def worst_layer(records: Sequence[LayerRecord], candidate: str, mode: str) -> st
         return NA
     worst, layer = max(measured, key=lambda pair: pair[0])
     return f"{number(worst)} (layer {layer})" if worst else "0"
+
+
+def without_fraction(utc: str) -> str:
+    """A time in whole seconds."""
+    return re.sub(r"\.\d+", "", utc)
 
 
 def number(value: float | None) -> str:

@@ -4,7 +4,7 @@ Power is that of the exact test (`exact.critical_value`) at a discordance, measu
 itself) or given, and at the true loss that a policy assumes. It is not monotone in n, since counts are whole.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 
 import numpy as np
@@ -127,7 +127,7 @@ def sensitive_documents(damage: Damage, power: float) -> int | None:
 
 
 def documents_still_needed(n: int, lost: float, gained: float, design: Design) -> float:
-    """Documents to add for the design's power at the discordance seen; inf where none will do.
+    """Documents to add for the design's power at the discordance seen, not the design's; inf where none will do.
 
     It assumes the design's true loss, unless the loss seen is at the margin or above: then the documents speak
     against that assumption, and no number is named.
@@ -135,15 +135,7 @@ def documents_still_needed(n: int, lost: float, gained: float, design: Design) -
     if (lost - gained) / n >= design.margin:
         return inf
     seen = max((lost + gained) / n, abs(design.loss), 1 / n)
-    total = planned_documents(
-        Design(
-            margin=design.margin,
-            alpha=design.alpha,
-            power=design.power,
-            discordance=min(1.0, seen),
-            loss=design.loss,
-        )
-    )
+    total = planned_documents(replace(design, discordance=min(1.0, seen)))
     return inf if total is None else max(0, total - n)
 
 
@@ -152,13 +144,7 @@ def detectable_margin(n: int, design: Design) -> float:
     low, high = max(design.loss, 0.0), 0.999
     while high - low > 1e-4:
         middle = (low + high) / 2
-        tried = Design(
-            margin=middle,
-            alpha=design.alpha,
-            power=design.power,
-            discordance=design.discordance,
-            loss=design.loss,
-        )
+        tried = replace(design, margin=middle)
         if power(n, tried) >= design.power:
             high = middle
         else:

@@ -6,6 +6,7 @@ import pytest
 
 from evalkit import cli
 from evalkit.errors import InputError
+from evalkit.gate.endpoints import Outcome, still_needed
 from evalkit.gate.planning import plan, words
 from evalkit.gate.policy import Policy
 from evalkit.stats.power import Damage, Design, planned_documents, sensitivity
@@ -18,6 +19,13 @@ def test_documents_come_from_the_discordance_given(policy: Policy):
     design = Design(margin=0.05, alpha=0.05, power=0.9, discordance=0.08)
     assert found.documents == planned_documents(design) > found.sensitive
     assert found.hours is None
+
+
+def test_a_verdict_asks_for_the_documents_that_the_plan_names(policy: Policy):
+    (endpoint,) = policy.endpoints
+    seen = Outcome(n=250, score=0.8, baseline_score=0.8, loss=0.0, discordance=0.08, apart=(10, 10, 250))
+    (found,) = plan(policy, discordance=0.08)
+    assert found.documents == 250 + still_needed(seen, endpoint, policy)
 
 
 def test_where_bf16_hardly_differs_planted_damage_decides_how_many_documents(policy: Policy):

@@ -9,9 +9,10 @@ import pytest
 
 from evalkit import cli
 from evalkit.gate.policy import Exemption, Limit, Policy
-from evalkit.gate.verdict import Judged, judge
+from evalkit.gate.verdict import Judged, judge, store
 from evalkit.gate.words import Verdict
-from evalkit.records import SampleRecord
+from evalkit.records import RunDirectory, SampleRecord, VerdictRecord, last_judgement, only
+from evalkit.report import tables
 from tests.gate.conftest import BASELINE, CANDIDATE, CONTROL, DAMAGED, DOCUMENTS, scores
 
 MakeRun = Callable[..., Path]
@@ -366,3 +367,15 @@ def test_the_command_judges_stores_and_reports(
     assert records.count('"check": "overall"') == 1, "judging again says the same and adds nothing"
     assert "## Verdict" in (run / "summary.md").read_text()
     assert (run / "junit.xml").is_file()
+
+
+def test_judgements_of_one_second_are_told_apart(make_run: MakeRun, policy: Policy):
+    run, strict = make_run(6, 6, stored=None), replace(policy, name="strict", alpha=0.01)
+    for one in (policy, strict, policy):
+        store(run, judge(run, one))
+        records = RunDirectory(run).read()
+        last = last_judgement(records)
+        assert {r.policy for r in last} == {one.name}
+        assert [r.check for r in last].count("overall") == 1
+    assert len({r.judged_utc for r in only(records, VerdictRecord)}) == 3
+    assert one.name in tables.verdicts(records).caption
