@@ -18,7 +18,16 @@ from evalkit.compare.layers import LayerStream, calibrate, compare, count_passes
 from evalkit.compare.metrics import relative_l2
 from evalkit.errors import InputError
 from evalkit.kv import Scales
-from evalkit.records import LayerRecord, RangeRecord, Record, SelectionRecord, TokenRecord, only, to_line
+from evalkit.records import (
+    LayerRecord,
+    MultipleRecord,
+    RangeRecord,
+    Record,
+    SelectionRecord,
+    TokenRecord,
+    only,
+    to_line,
+)
 
 FP8 = Candidate.parse("fp8_e4m3:one@reference")
 CALIBRATED = Candidate.parse("fp8_e4m3:calibrated@reference")
@@ -154,6 +163,28 @@ def test_floors_of_bf16_are_recorded_by_kind(found: list[Record]):
     assert len(missing) == 1
     assert missing[0].n == 0
     assert missing[0].relative_l2 is None
+
+
+def test_a_multiple_is_a_candidates_error_over_the_floors_at_the_same_place(found: list[Record]):
+    def place(record: LayerRecord | MultipleRecord) -> tuple[Any, ...]:
+        return record.layer, record.phase, record.mode, record.probe, record.frozen
+
+    errors = {(r.candidate, r.rung, *place(r)): r.relative_l2 for r in only(found, LayerRecord)}
+    multiples = [r for r in only(found, MultipleRecord) if r.probe != "kl"]
+    for record in multiples:
+        mine = errors[record.candidate, "total", *place(record)]
+        floor = errors[str(REFERENCE), record.floor, *place(record)]
+        assert mine is not None
+        assert floor, "nothing is a multiple of zero"
+        assert record.multiple == pytest.approx(mine / floor), record
+    every = [r for r in multiples if r.candidate == str(FP8) and r.floor == "floor:noise"]
+    assert {(r.layer, r.phase, r.mode, r.probe) for r in every} == {
+        (layer, phase, mode, probe)
+        for layer in range(3)
+        for phase in ("prefill", "decode")
+        for mode in ("isolated", "propagated")
+        for probe in ("attention", "hidden")
+    }
 
 
 def test_the_control_stream_ends_in_the_models_own_logits(model: Any, documents: list[torch.Tensor]):
