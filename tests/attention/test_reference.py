@@ -47,9 +47,24 @@ def loop(
     return out, lse
 
 
+def attend(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    rope: Tensor,
+    indices: Tensor,
+    sm_scale: float = SM_SCALE,
+) -> tuple[Tensor, Tensor]:
+    """The reference over these very rows."""
+    format = kv.get("fp32")
+    cache = format.allocate(len(latent))
+    format.store(cache, torch.arange(len(latent)), latent, rope, Scales())
+    return backends.get("reference").attend(q_latent, q_rope, cache, format, indices, sm_scale, Scales())
+
+
 def test_it_equals_a_float64_loop_over_queries() -> None:
     q_latent, q_rope, latent, rope, indices = problem()
-    out, lse = backends.get("reference").attend_rows(q_latent, q_rope, latent, rope, indices, SM_SCALE)
+    out, lse = attend(q_latent, q_rope, latent, rope, indices)
     want, want_lse = loop(q_latent, q_rope, latent, rope, indices)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-5)
@@ -57,7 +72,7 @@ def test_it_equals_a_float64_loop_over_queries() -> None:
 
 def test_a_row_without_a_valid_slot_gives_zero_and_minus_infinity() -> None:
     q_latent, q_rope, latent, rope, indices = problem()
-    out, lse = backends.get("reference").attend_rows(q_latent, q_rope, latent, rope, indices, SM_SCALE)
+    out, lse = attend(q_latent, q_rope, latent, rope, indices)
     empty = (indices < 0).all(-1)
     assert empty.any()
     assert (out[empty] == 0).all()
@@ -67,7 +82,7 @@ def test_a_row_without_a_valid_slot_gives_zero_and_minus_infinity() -> None:
 def test_rows_that_nobody_selected_may_hold_nan() -> None:
     q_latent, q_rope, latent, rope, indices = problem()
     latent[400:], rope[400:] = torch.nan, torch.nan
-    out, _ = backends.get("reference").attend_rows(q_latent, q_rope, latent, rope, indices, SM_SCALE)
+    out, _ = attend(q_latent, q_rope, latent, rope, indices)
     assert out.isfinite().all()
 
 
@@ -75,7 +90,7 @@ def test_a_nan_row_reaches_only_the_queries_that_selected_it() -> None:
     q_latent, q_rope, latent, rope, indices = problem()
     poisoned = int(indices[1, 0])
     latent[poisoned] = torch.nan
-    out, _ = backends.get("reference").attend_rows(q_latent, q_rope, latent, rope, indices, SM_SCALE)
+    out, _ = attend(q_latent, q_rope, latent, rope, indices)
     hit = (indices == poisoned).any(-1)
     assert hit.any()
     assert not hit.all()
@@ -85,16 +100,16 @@ def test_a_nan_row_reaches_only_the_queries_that_selected_it() -> None:
 
 def test_chunking_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = problem()
-    whole, _ = backends.get("reference").attend_rows(*inputs, SM_SCALE)
+    whole, _ = attend(*inputs)
     monkeypatch.setitem(reference.SCORES_PER_CHUNK, "cpu", 5000)
-    chunked, _ = backends.get("reference").attend_rows(*inputs, SM_SCALE)
+    chunked, _ = attend(*inputs)
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_a_slot_selected_twice_counts_twice() -> None:
     q_latent, q_rope, latent, rope, _ = problem()
     twice = torch.tensor([[5, 5, 9]], dtype=torch.int32)
-    out, lse = backends.get("reference").attend_rows(q_latent[:1], q_rope[:1], latent, rope, twice, SM_SCALE)
+    out, lse = attend(q_latent[:1], q_rope[:1], latent, rope, twice)
     want, want_lse = loop(q_latent[:1], q_rope[:1], latent, rope, twice)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
@@ -121,9 +136,8 @@ def test_gathered_rows_give_what_the_union_of_rows_gives(monkeypatch: pytest.Mon
     indices = torch.stack([torch.randperm(200, generator=draw)[:16] for _ in range(50)]).int()
     indices[3], indices[4, 5:], indices[5, 1] = -1, -1, indices[5, 0]
     latent[int(indices[7, 0])] = torch.nan
-    exact = reference.Reference()
     monkeypatch.setitem(reference.GATHERS_OVER, "cpu", 1000)
-    whole = exact.attend_rows(q_latent, q_rope, latent, rope, indices, 0.1)
+    whole = attend(q_latent, q_rope, latent, rope, indices, 0.1)
     monkeypatch.setitem(reference.GATHERS_OVER, "cpu", 0)
     monkeypatch.setattr(reference, "GATHERED_PER_CHUNK", 7 * 16 * 576)
     seen: list[int] = []
@@ -131,7 +145,7 @@ def test_gathered_rows_give_what_the_union_of_rows_gives(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         reference, "attend_gathered", lambda *given: seen.append(len(given[0])) or real(*given)
     )
-    gathered = exact.attend_rows(q_latent, q_rope, latent, rope, indices, 0.1)
+    gathered = attend(q_latent, q_rope, latent, rope, indices, 0.1)
     assert sum(seen) >= 48
     for got, wanted in zip(gathered, whole, strict=True):
         torch.testing.assert_close(got, wanted, equal_nan=True)
@@ -152,11 +166,11 @@ def test_bf16_queries_over_a_row_that_bf16_does_not_hold(
     keys = torch.randn(60, 576, generator=draw)
     indices = torch.stack([torch.randperm(60, generator=draw)[:8] for _ in range(20)]).int()
     keys[int(indices[0, 3]), column] = value
-    exact, parts = reference.Reference(), (query[..., :512], query[..., 512:], keys[:, :512], keys[:, 512:])
+    parts = (query[..., :512], query[..., 512:], keys[:, :512], keys[:, 512:])
     monkeypatch.setitem(reference.GATHERS_OVER, "cpu", 1000)
-    whole = exact.attend_rows(*parts, indices, 0.1)
+    whole = attend(*parts, indices, 0.1)
     monkeypatch.setitem(reference.GATHERS_OVER, "cpu", 0)
-    gathered = exact.attend_rows(*parts, indices, 0.1)
+    gathered = attend(*parts, indices, 0.1)
     for got, wanted in zip(gathered, whole, strict=True):
         torch.testing.assert_close(got, wanted, equal_nan=True)
 

@@ -71,14 +71,6 @@ class Reference(Backend):
 
         return _attend(q_latent, q_rope, rows, slots, indices, sm_scale)
 
-    def attend_rows(
-        self, q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, indices: Tensor, sm_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Exact attention over decoded rows latent [N, C] and rope [N, R]; `indices` [T, K] are their numbers."""
-        return _attend(
-            q_latent, q_rope, lambda used: (latent[used], rope[used]), latent.shape[0], indices, sm_scale
-        )
-
 
 def _attend(
     q_latent: Tensor,
