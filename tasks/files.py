@@ -66,7 +66,10 @@ def _rows(folder: str, name: str, source: str, keys: tuple[str, ...]) -> list[di
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}; take it from {source}") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): JSON strings may hold U+2028 and other line ends of Unicode as they are.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

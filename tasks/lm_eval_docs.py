@@ -1,16 +1,13 @@
 """The datasets that the task files name: documents generated here, in memory, from a seed.
 
-lm-eval loads this file by its path, beside the task files, wherever tasks/ lies; so is documents/ loaded.
+lm-eval loads this file by its path, beside the task files, wherever tasks/ lies; documents/ is the one beside it.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from datasets import Dataset
@@ -18,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from evalkit.errors import InputError
+from evalkit.evaluate.documents import generators
 
 
 def test_split(*, generate: Mapping[str, Any], seed: int, documents: int, **_: Any) -> dict[str, Dataset]:
@@ -34,7 +32,7 @@ def test_split(*, generate: Mapping[str, Any], seed: int, documents: int, **_: A
     if isinstance(documents, bool) or not isinstance(documents, int) or documents < 1:
         raise InputError(f"documents is {documents!r}: want a whole number of at least 1")
     rungs = _rungs(generate)
-    make = _documents().document
+    make = generators(Path(__file__).resolve().parent).document
     rows = []
     for index in range(documents):
         options = dict(rungs[index % len(rungs)])
@@ -91,16 +89,3 @@ class EveryQuery(ConfigurableTask):
     def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, float]:
         right = [query["answer"] == said for query, said in zip(doc["queries"], results, strict=True)]
         return {"exact_match": float(all(right))}
-
-
-def _documents() -> ModuleType:
-    path = Path(__file__).resolve().parent / "documents" / "__init__.py"
-    name = f"evalkit_task_documents:{path}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"cannot load {path}")
-        # A package's modules look it up by name while it is being executed.
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -52,19 +53,21 @@ def generated_text(task: str, length: int, seed: int) -> str:
         InputError: `length` has no room for the task.
     """
     try:
-        (document,) = _generators().generate(task, length=length, count=1, seed=seed)
+        (document,) = generators(tasks_dir()).generate(task, length=length, count=1, seed=seed)
     except ValueError as error:
         raise InputError(f"a {task} document of {length} tokens: {error}") from error
     return f"{document.prompt}{document.target}"
 
 
 @cache
-def _generators() -> ModuleType:
-    path, name = tasks_dir() / "documents" / "__init__.py", "evalkit_documents"
+def generators(tasks: Path) -> ModuleType:
+    """The package documents/ in a folder of task files, loaded by its path: it lies elsewhere in a wheel."""
+    path = tasks / "documents" / "__init__.py"
+    name = f"evalkit_documents:{path}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot load {path}")
-    # dataclasses look their module up by name while it is being executed.
+    # A package's modules look it up by name while it is being executed.
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -157,6 +157,17 @@ def test_a_file_of_something_else_is_refused(tmp_path, text, message):
         load_tasks(("evalkit_gsm8k_5shot",), 2, 0, tmp_path)
 
 
+def test_only_a_newline_ends_a_row_and_empty_lines_are_none(tmp_path):
+    """U+2028 and U+0085 end lines in Unicode and stand in JSON strings as they are."""
+    rows = [{"question": f"one\u2028or\x85{number}?", "answer": "#### 1"} for number in range(5)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for split in ("train", "test"):
+        text = "\r\n".join([lines[0], "", *lines[1:], ""])
+        (tmp_path / f"gsm8k_{split}.jsonl").write_bytes(text.encode())
+    (task,) = load_tasks(("evalkit_gsm8k_5shot",), 5, 0, tmp_path)
+    assert [dict(doc) for doc in task.eval_docs] == rows
+
+
 def test_a_folder_that_is_not_there_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(InputError, match=r"data is .*nowhere, which is no folder"):
         RunConfig.load(overrides=[f"data={tmp_path / 'nowhere'}"])
