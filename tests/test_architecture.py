@@ -1,8 +1,10 @@
 """Imports point one way, along the data flow."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,8 @@ RANK = {
     "commands": 10,
     "cli": 11,
 }
+# Distributions whose modules have other names; torch brings triton along where there is CUDA.
+DISTRIBUTIONS = {"flashinfer": "flashinfer-python", "triton": "torch"}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
@@ -83,3 +87,25 @@ def test_reports_and_records_are_read_without_torch_or_transformers():
         heavy = f"{names} & sys.modules.keys()"
         check = f"import importlib, sys\nfor name in {some}: importlib.import_module(name)\nassert not ({heavy}), {heavy}"
         subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_what_is_imported_is_declared_and_in_the_wheel():
+    """What another package happens to bring along may be gone with its next version."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = settings["project"]["optional-dependencies"]
+    asked = [*settings["project"]["dependencies"], *extras["cuda"], *extras["vllm"]]
+    declared = {re.split(r"[<>=!~ ;\[]", one)[0].replace("-", "_").lower() for one in asked}
+    left_out = {Path(one).name for one in settings["tool"]["hatch"]["build"]["targets"]["wheel"]["exclude"]}
+    for path in [*FILES, *(PACKAGE.parent / "tasks").glob("*.py")]:
+        shipped = part(path) not in left_out
+        for name in imported(path):
+            module, *within = name.split(".")
+            if module == "evalkit":
+                assert not (shipped and within and within[0] in left_out), (
+                    f"{path} imports {name}: no wheel has it"
+                )
+            elif module not in sys.stdlib_module_names and (shipped or module != "tasks"):
+                distribution = DISTRIBUTIONS.get(module, module).replace("-", "_").lower()
+                assert distribution in declared, (
+                    f"{path} imports {module}: pyproject.toml does not ask for it"
+                )

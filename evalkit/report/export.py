@@ -4,7 +4,6 @@ Columns are a record's fields under their own names and types, and `line`, its p
 back gives the same records in the same order. A field that is a mapping is JSON text. Samples are a kind of their own.
 """
 
-import importlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,7 +34,8 @@ def export(run: Path, out: Path) -> list[Path]:
             raise InputError(f"{out} is not empty, and kinds of another run would stay: name a new directory")
     except OSError as error:
         raise InputError(f"no records can be written to {out}: {error.strerror}") from None
-    parquet = importlib.import_module("pyarrow.parquet")
+    from pyarrow import parquet
+
     written = []
     for kind, found in _by_kind(records).items():
         path = out / f"{kind}.parquet"
@@ -50,7 +50,8 @@ def read(folder: Path) -> list[Record]:
     Raises:
         InputError: it is none, or of a schema that this version does not read.
     """
-    parquet = importlib.import_module("pyarrow.parquet")
+    from pyarrow import parquet
+
     found: list[tuple[int, Record]] = []
     for path in sorted(folder.glob("*.parquet")):
         table = parquet.read_table(path)
@@ -77,25 +78,26 @@ def _by_kind(records: Sequence[Record]) -> dict[str, list[tuple[int, Record]]]:
 
 
 def _table(kind: str, found: Sequence[tuple[int, Record]]) -> Any:
-    arrow = importlib.import_module("pyarrow")
-    columns: dict[str, Any] = {LINE: arrow.array([place for place, _ in found], arrow.int64())}
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {LINE: pa.array([place for place, _ in found], pa.int64())}
     for name, hint in HINTS[kind].items():
         values = [getattr(record, name) for _, record in found]
         if _is_mapping(hint):
             values = [json.dumps(value) for value in values]
-        columns[name] = arrow.array(values, _type(arrow, hint))
-    return arrow.table(columns).replace_schema_metadata({VERSION: str(SCHEMA)})
+        columns[name] = pa.array(values, _type(pa, hint))
+    return pa.table(columns).replace_schema_metadata({VERSION: str(SCHEMA)})
 
 
 def _is_mapping(hint: Any) -> bool:
     return get_origin(hint) is dict
 
 
-def _type(arrow: Any, hint: Any) -> Any:
+def _type(pa: Any, hint: Any) -> Any:
     """The column of a field; every column may hold nulls."""
     if isinstance(hint, UnionType):
         (hint,) = (option for option in get_args(hint) if option is not NoneType)
     if get_origin(hint) is list:
-        return arrow.list_(_type(arrow, get_args(hint)[0]))
-    plain = {str: arrow.string(), int: arrow.int64(), float: arrow.float64(), bool: arrow.bool_()}
-    return arrow.string() if _is_mapping(hint) else plain[hint]
+        return pa.list_(_type(pa, get_args(hint)[0]))
+    plain = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    return pa.string() if _is_mapping(hint) else plain[hint]
