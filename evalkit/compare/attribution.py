@@ -116,7 +116,7 @@ def attribute(
     candidates: Sequence[Candidate],
     *,
     scales: Mapping[Candidate, Mapping[int, Scales]] | None = None,
-    advance: Callable[[], None] | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Iterator[AttributionRecord]:
     """Attribute each candidate's loss to its components, those of a layer as soon as it is done.
 
@@ -144,7 +144,7 @@ def attribute(
         model.evalkit.new_cache(subject.candidate, subject.scales)  # refuses scales that do not fit
     if not subjects:
         return
-    run = _Run(model, documents, subjects, advance or _nothing)
+    run = _Run(model, documents, subjects, advance)
     for layer in range(model.config.num_hidden_layers):
         yield from run.layer(layer)
     yield from run.divergences()
@@ -166,7 +166,7 @@ class _Run:
     ) -> None:
         self.model, self.subjects, self.advance = model, subjects, advance
         self.reference = LayerStream(model, documents, [], 0, advance)
-        self.sharing = getattr(model.config, "indexer_types", None) or ()
+        self.sharing = self.reference.sharing
         self.moving = {
             (subject, enabled, frozen): _Moving(list(self.reference.inputs))
             for subject in subjects
@@ -210,7 +210,7 @@ class _Run:
         """A candidate's mixtures on the reference's input, each followed by its propagated selves."""
         source = self.reference.inputs[document]
         # A selection made by an earlier layer is part of this layer's input.
-        selection = ref.selection if self._shares(index) else None
+        selection = ref.selection if self.sharing[index] else None
         own = self._run(subject, None, index, source, selection=selection, keep_call=True)
         aim = self._aim(subject.candidate, own)
         del own
@@ -235,18 +235,17 @@ class _Run:
         selection, routing = None, None
         if frozen:
             selection, routing = ref.selection, ref.run.probes.get("routing")
-        elif self._shares(index):
+        elif self.sharing[index]:
             selection = moving.selections[document]
-        forced = (("selection", selection), ("routing", routing))
         same = torch.equal(moving.hidden[document], self.reference.inputs[document])
-        if same and all(value is None or torch.equal(value, isolated.probes[name]) for name, value in forced):
+        if same and isolated.has_chosen(selection, routing):
             got = isolated
             self.advance()
         else:
             source = moving.hidden[document]
             got = self._run(subject, enabled, index, source, selection=selection, routing=routing)
         moving.hidden[document] = got.hidden
-        if self.sharing and not frozen:
+        if any(self.sharing) and not frozen:
             moving.selections[document] = got.probes["selection"]
 
     def _aim(self, candidate: Candidate, own: LayerPass) -> Tensor:
@@ -286,9 +285,6 @@ class _Run:
         )
         self.advance()
         return got
-
-    def _shares(self, index: int) -> bool:
-        return bool(self.sharing) and self.sharing[index] == "shared"
 
     @torch.no_grad()
     def divergences(self) -> Iterator[AttributionRecord]:
@@ -346,7 +342,3 @@ def _records(
             nonfinite=one.nonfinite,
             n=one.n,
         )
-
-
-def _nothing() -> None:
-    """What progress is reported to when nobody looks."""

@@ -33,6 +33,11 @@ class LayerPass:
     probes: dict[str, Tensor]
     call: AttentionCall | None
 
+    def has_chosen(self, selection: Tensor | None, routing: Tensor | None) -> bool:
+        """Whether it selected and routed by itself as it would be made to; None leaves it to itself."""
+        forced = (("selection", selection), ("routing", routing))
+        return all(value is None or torch.equal(value, self.probes[name]) for name, value in forced)
+
 
 class Capture:
     """An observer that keeps the tensors of one layer, step after step."""
@@ -66,6 +71,13 @@ class Capture:
             out=torch.cat([call.out for call in self.calls]),
             lse=torch.cat([call.lse for call in self.calls]),
         )
+
+
+def sharing(model: Any) -> list[bool]:
+    """Whether each layer attends to what the last one with an indexer selected, having none itself."""
+    count = model.config.num_hidden_layers
+    kinds = getattr(model.config, "indexer_types", None) or ["full"] * count
+    return [kind == "shared" for kind in kinds[:count]]
 
 
 def run_layer(

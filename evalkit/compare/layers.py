@@ -29,7 +29,7 @@ from evalkit import kv
 from evalkit.candidate import Candidate
 from evalkit.compare import noise
 from evalkit.compare.arms import DECODE, ISOLATED, PREFILL, PROPAGATED, REFERENCE, Arm, Subject, arms_of
-from evalkit.compare.capture import ATTENTION_PROBES, FROZEN_PROBES, LayerPass, run_layer
+from evalkit.compare.capture import ATTENTION_PROBES, FROZEN_PROBES, LayerPass, run_layer, sharing
 from evalkit.compare.cells import Cell, ReferencePass
 from evalkit.compare.magnitudes import Magnitudes
 from evalkit.compare.metrics import Accumulator
@@ -58,7 +58,7 @@ def compare(
     scales: Mapping[Candidate, Mapping[int, Scales]] | None = None,
     decode_tokens: int = 16,
     floors: Sequence[Subject] | None = None,
-    advance: Advance | None = None,
+    advance: Advance = lambda: None,
     frozen: bool = True,
     calibration: Sequence[Tensor] = (),
     state: Keeper | None = None,
@@ -94,9 +94,7 @@ def compare(
         Subject(candidate=candidate, scales=given.get(candidate, {}) or {}, runs_frozen=frozen)
         for candidate in candidates
     ]
-    stream = LayerStream(
-        model, documents, [*subjects, *floors], decode_tokens, advance or _nothing, calibration
-    )
+    stream = LayerStream(model, documents, [*subjects, *floors], decode_tokens, advance, calibration)
     stream.watch.decode = decode or stream.watch.decode
     start = 0 if state is None else state.restore(stream)
     for _ in range(start * len(documents) * (1 + len(stream.arms))):
@@ -133,7 +131,7 @@ def calibrate(
     model: Any,
     documents: Sequence[Tensor],
     format: RowFormat,
-    advance: Advance | None = None,
+    advance: Advance = lambda: None,
     percentile: float = 100,
     parts: Sequence[str] = PARTS,
 ) -> dict[int, Scales]:
@@ -147,7 +145,7 @@ def calibrate(
             is outside (0, 100].
     """
     _check(model, documents, [REFERENCE], decode_tokens=0)
-    stream, found = LayerStream(model, documents, [], 0, advance or _nothing), {}
+    stream, found = LayerStream(model, documents, [], 0, advance), {}
     for layer in range(model.config.num_hidden_layers):
         sizes = stream.magnitudes(layer)
         fitted = [sizes[part].percentile(percentile) if part in parts else 0.0 for part in PARTS]
@@ -168,14 +166,13 @@ class LayerStream:
         calibration: Sequence[Tensor] = (),
     ) -> None:
         self.model, self.subjects, self.advance = model, subjects, advance
-        self.calibrated: list[
-            tuple[RowFormat, dict[int, Scales]]
-        ] = []  # formats, and the scales found so far
+        # Formats, and the scales found so far.
+        self.calibrated: list[tuple[RowFormat, dict[int, Scales]]] = []
         for subject in subjects if calibration else ():
             if subject.candidate.scales == "calibrated" and not subject.scales:
                 assert isinstance(subject.scales, dict)
                 self.calibrated.append((kv.get(subject.candidate.format), subject.scales))
-        self.calibration = LayerStream(model, calibration, [], 0, _nothing) if self.calibrated else None
+        self.calibration = LayerStream(model, calibration, [], 0, lambda: None) if self.calibrated else None
         self.arms = [arm for subject in subjects for arm in arms_of(subject)]
         with torch.no_grad():
             embed = model.model.embed_tokens
@@ -183,6 +180,7 @@ class LayerStream:
         self.prefill = [len(ids) - decode_tokens for ids in documents]
         moving = [arm for arm in self.arms if arm.mode == PROPAGATED]
         self.hidden = {(arm, number): x for arm in moving for number, x in enumerate(self.inputs)}
+        self.sharing = sharing(model)
         self.selections: dict[tuple[Arm | None, int], Tensor] = {}  # of the last layer with an indexer
         self.watch = Watch(documents, self.prefill, model.config.index_topk)
         self.unsplit: dict[str, LayerPass] = {}  # by mode, what a kernel that splits keys is compared with
@@ -227,10 +225,10 @@ class LayerStream:
 
     def reference(self, index: int, document: int) -> ReferencePass:
         """Run bf16@reference on its hidden state of one document; `inputs` is left for the arms to read."""
-        shared = self.selections.get((None, document)) if self._shares_selection(index) else None
+        shared = self.selections.get((None, document)) if self.sharing[index] else None
         arm = Arm(subject=Subject(candidate=REFERENCE), mode=PROPAGATED)
         run = self._run(arm, index, document, self.inputs[document], selection=shared, keep_call=True)
-        if self._indexers_are_shared:
+        if any(self.sharing):
             self.selections[None, document] = run.probes["selection"]
         return ReferencePass.of(run, self.prefill[document], self.model.config.index_topk)
 
@@ -238,7 +236,7 @@ class LayerStream:
         self, cell: Cell, document: int, ref: ReferencePass, isolated: LayerPass | None
     ) -> LayerPass | None:
         """Run one arm, compare it, and move it on. Takes and returns its subject's isolated pass."""
-        arm, shared = cell.arm, self._shares_selection(cell.layer)
+        arm, shared = cell.arm, self.sharing[cell.layer]
         if arm.mode == ISOLATED:
             # A selection made by an earlier layer is part of this layer's input.
             selection = ref.selection if shared else None
@@ -254,14 +252,14 @@ class LayerStream:
         elif shared:
             selection = self.selections[arm, document]
         same_input = torch.equal(source, self.inputs[document])
-        if isolated is not None and same_input and _has_chosen(isolated, selection, routing):
+        if isolated is not None and same_input and isolated.has_chosen(selection, routing):
             got = isolated
             self.advance()
         else:
             got = self._run(arm, cell.layer, document, source, selection=selection, routing=routing)
         cell.add(self._kept(arm, got), self._counterpart(arm, ref), None)
         self.hidden[arm, document] = got.hidden
-        if self._indexers_are_shared and not arm.frozen:
+        if any(self.sharing) and not arm.frozen:
             self.selections[arm, document] = got.probes["selection"]
         return isolated
 
@@ -320,13 +318,6 @@ class LayerStream:
         self.advance()
         return got
 
-    @property
-    def _indexers_are_shared(self) -> bool:
-        return "shared" in (getattr(self.model.config, "indexer_types", None) or ())
-
-    def _shares_selection(self, index: int) -> bool:
-        return self._indexers_are_shared and self.model.config.indexer_types[index] == "shared"
-
     def _range_accumulators(self, index: int) -> dict[tuple[str, str], RangeAccumulator]:
         """By candidate and part, for each whose format divides that part by a given scale."""
         found = {}
@@ -373,12 +364,6 @@ class LayerStream:
         return logits
 
 
-def _has_chosen(run: LayerPass, selection: Tensor | None, routing: Tensor | None) -> bool:
-    """Whether a pass selected and routed by itself as it would be made to."""
-    forced = (("selection", selection), ("routing", routing))
-    return all(value is None or torch.equal(value, run.probes[name]) for name, value in forced)
-
-
 def _logit_spans(hidden: Tensor, prefill: int, vocabulary: int) -> Iterator[tuple[str, slice]]:
     """Each phase of a document in pieces whose logits fit in `LOGITS_AT_ONCE`."""
     total, step = hidden.shape[1], max(1, LOGITS_AT_ONCE[hidden.device.type] // vocabulary)
@@ -410,7 +395,3 @@ def _check(
                 f"document {number} has shape {list(ids.shape)}: [T] is needed, "
                 f"{decode_tokens} (decode_tokens) < T <= {limit} (the model's max_position_embeddings)"
             )
-
-
-def _nothing() -> None:
-    """What progress is reported to when nobody looks."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from evalkit.candidate import Candidate
 from evalkit.compare.arms import ISOLATED, PROPAGATED, REFERENCE
-from evalkit.compare.capture import run_layer
+from evalkit.compare.capture import run_layer, sharing
 from evalkit.compare.tokens import kl_nats
 from evalkit.errors import InputError
 from evalkit.kv import Scales
@@ -158,6 +158,7 @@ class _Stream:
         self.model, self.candidates, self.scales, self.advance = model, candidates, scales, advance
         self.ways = [Way.all_of(len(ids)) for ids in documents]
         self.hidden: dict[tuple[Candidate | None, int, str], Tensor] = {}
+        self.sharing = sharing(model)
         self.selections: dict[tuple[Candidate | None, int, str], Tensor] = {}  # of the last full indexer
         with torch.no_grad():
             for number, ids in enumerate(documents):
@@ -171,7 +172,7 @@ class _Stream:
         source = self.hidden[None, *here]
         ref = self._run(REFERENCE, layer, source, way, self._shared(layer, None, here))
         for candidate in self.candidates:
-            shared = ref.selection if self._is_shared(layer) else None
+            shared = ref.selection if self.sharing[layer] else None
             alone = self._run(candidate, layer, source, way, shared)
             yield Subject(candidate=candidate, mode=ISOLATED), _norms(alone, ref, way)
             moved = self._run(
@@ -181,12 +182,8 @@ class _Stream:
             self.hidden[candidate, *here], self.selections[candidate, *here] = moved.hidden, moved.selection
         self.hidden[None, *here], self.selections[None, *here] = ref.hidden, ref.selection
 
-    def _is_shared(self, layer: int) -> bool:
-        types = getattr(self.model.config, "indexer_types", None) or ()
-        return bool(types) and types[layer] == "shared"
-
     def _shared(self, layer: int, whose: Candidate | None, here: tuple[int, str]) -> Tensor | None:
-        return self.selections[whose, *here] if self._is_shared(layer) else None
+        return self.selections[whose, *here] if self.sharing[layer] else None
 
     def _run(
         self, candidate: Candidate, layer: int, source: Tensor, way: Way, selection: Tensor | None
