@@ -50,6 +50,7 @@ def doses(found: dict[str, Any]) -> Iterator[str]:
                 f"{one['noise']:.3g}",
                 f"{one['documents']:,}",
                 f"{one['score']:.1%}",
+                f"{100 * one['expected_loss']:+.2f}",
                 _interval(one),
                 f"{one['loss'] / found['margin']:.2f}",
                 f"{one['discordance']:.1%}",
@@ -60,7 +61,17 @@ def doses(found: dict[str, Any]) -> Iterator[str]:
             )
         )
     yield from _table(
-        ("noise", "documents", "right", "true loss, points", "in margins", "differ", *map(str, order)), rows
+        (
+            "noise",
+            "documents",
+            "right",
+            "titration said",
+            "true loss, points",
+            "in margins",
+            "differ",
+            *map(str, order),
+        ),
+        rows,
     )
     damage = found["damage"]
     yield ""
