@@ -197,6 +197,9 @@ def test_the_gate_decides_as_the_outcomes_and_theory_say(
     assert some["predicted"]["INCONCLUSIVE"] > 0.9
     assert all("margin lies within" in one["reason"] for one in some["samples"])
     text = page.read_text()
+    formats = "<!-- table:formats -->"
+    assert not found["formats"]
+    assert text.partition(formats)[2] == (ROOT / "docs" / "validation.md").read_text().partition(formats)[2]
     assert f"{found['doses'][1]['documents']:,}" in text
     assert "3 of 3" in text
     assert "\n".join(tables.doses(found)) in text
