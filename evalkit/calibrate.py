@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from evalkit import __version__, environment, kv
 from evalkit.compare import layers
@@ -19,7 +17,7 @@ from evalkit.evaluate.texts import text_of_line
 from evalkit.kv import Scales
 from evalkit.kv.scale_files import refuse_file, refuse_overlay, write_overlay, write_scales
 from evalkit.model import rescale
-from evalkit.model.load import load, resolve_checkpoint
+from evalkit.model.load import load_reference, resolve_checkpoint
 from evalkit.model.profile import load_profile
 from evalkit.progress import progress
 
@@ -67,10 +65,7 @@ def calibrate(
     if out is not None:
         refuse_file(out, replace=replace)
     texts = None if prompts is None else read_prompts(prompts)
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own, of loading weights
-    environment.exact_numerics()
-    model = load(directory, "bf16@reference", device=device)
+    model = load_reference(directory, device)
     lm = EvalkitLM(model)
     length = min(tokens, lm.max_length)
     if texts is None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from evalkit import environment, kv
 from evalkit.attention import backends
@@ -32,14 +31,12 @@ from evalkit.gate.policy import load as load_policy
 from evalkit.kv import Scales
 from evalkit.kv.aliases import BF16_NAMES
 from evalkit.model import rescale
-from evalkit.model.load import load, resolve_checkpoint
+from evalkit.model.load import load_reference, resolve_checkpoint
 from evalkit.model.profile import load_profile
 from evalkit.model.shards import sampled_identity
 from evalkit.model.stream import should_stream, stream
 from evalkit.progress import progress
-from evalkit.records import (
-    ProfileRecord,
-)
+from evalkit.records import ProfileRecord
 
 # Between the seeds of compared documents, so that calibration's lie between them.
 DOCUMENT_STEP = 1_000
@@ -93,17 +90,14 @@ def prepare(config: RunConfig) -> Prepared:
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     streamed = should_stream(checkpoint, config.device, dtype, config.stream)
     identity = sampled_identity(checkpoint) if streamed else None
-    environment.exact_numerics()
     if config.engine != "native":
         return _served(config, policy, checkpoint, identity, requested)
     if streamed:
         _refuse_streamed(config)
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own, of loading weights
     if streamed:
         model = stream(checkpoint, config.device, dtype)
     else:
-        model = load(checkpoint, "bf16@reference", device=config.device, dtype=dtype)
+        model = load_reference(checkpoint, config.device, dtype)
     batch_size = auto_batch_size(model) if config.batch_size == "auto" else config.batch_size
     config = config.with_values(batch_size=batch_size)
     candidates = tuple(model.evalkit.resolve(text) for text in requested)
@@ -186,6 +180,7 @@ def _served(
     requested: tuple[str, ...],
 ) -> Prepared:
     """What a run on serving engines works on: no model is loaded here."""
+    environment.exact_numerics()  # what engines show of their layers is compared here
     scorer = serve(config, checkpoint, requested)
     _refuse_twice(scorer.candidates, requested)
     lm, documents = EvalkitLM(engine=scorer.asked), []

@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
-from evalkit import environment
 from evalkit.calibrate import read_prompts
 from evalkit.errors import InputError
 from evalkit.evaluate.documents import range_documents
 from evalkit.evaluate.lm import EvalkitLM
-from evalkit.model.load import load, resolve_checkpoint
+from evalkit.model.load import load_reference, resolve_checkpoint
 from evalkit.model.profile import PARTS, to_toml
 from evalkit.model.spread import measure
 from evalkit.progress import progress
@@ -48,10 +46,7 @@ def show(
     if profile_out is not None and not profile_out.absolute().parent.is_dir():
         raise InputError(f"{profile_out.absolute().parent} is no directory to write {profile_out.name} in")
     texts = None if prompts is None else read_prompts(prompts)
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own, of loading weights
-    environment.exact_numerics()
-    model = load(directory, "bf16@reference", device=device)
+    model = load_reference(directory, device)
     lm = EvalkitLM(model)
     if texts is None:
         documents = range_documents(lm.tok_encode, lm.max_length)

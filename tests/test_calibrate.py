@@ -107,7 +107,9 @@ def test_bad_input_exits_64_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("evalkit.calibrate.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "evalkit.calibrate.load_reference", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     (tmp_path / "there").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")

@@ -279,7 +279,9 @@ def test_attribution_is_a_stage_of_its_own_over_the_first_tokens(config: RunConf
 def test_a_name_that_does_not_exist_is_refused_before_the_weights_are_loaded(
     candidate: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(prepare, "load", lambda *_args, **_kwargs: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(
+        prepare, "load_reference", lambda *_args, **_kwargs: pytest.fail("the weights were loaded")
+    )
     with pytest.raises(InputError, match="did you mean"):
         prepare.prepare(RunConfig(candidates=(candidate,)))
 

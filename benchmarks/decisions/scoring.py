@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -86,18 +85,13 @@ _models: dict[tuple[str, str | None, str | None], Any] = {}
 def _loaded(where: Where) -> Any:
     """The model, loaded once a process, with the numerics of a run."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
-    from evalkit import environment
-    from evalkit.model.load import load
+    from evalkit.model.load import load_reference
 
     key = (where.checkpoint, where.device, where.dtype)
     if key not in _models:
-        if not sys.stderr.isatty():
-            disable_progress_bar()
-        environment.exact_numerics()
         dtype = None if where.dtype is None else getattr(torch, where.dtype)
-        _models[key] = load(where.checkpoint, "bf16@reference", device=where.device, dtype=dtype)
+        _models[key] = load_reference(where.checkpoint, where.device, dtype)
     return _models[key]
 
 

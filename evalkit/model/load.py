@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from evalkit import kv
+from evalkit import environment, kv
 from evalkit.candidate import Candidate
 from evalkit.errors import InputError
 from evalkit.kv import Scales
@@ -85,7 +86,8 @@ def load(
         scales: layer -> Scales, for `calibrated`.
 
     Returns:
-        The model in eval mode. `forward` and `generate` work as always; `model.evalkit` is its `Graft`.
+        The model in eval mode. `forward` and `generate` work as always; `model.evalkit` is its `Graft`. TF32 and
+        reduced-precision sums are off from here on, in the whole process.
 
     Raises:
         InputError: the checkpoint, the candidate or the scales do not fit; nothing has been loaded.
@@ -100,8 +102,7 @@ def load(
     if wanted.scales == "checkpoint":
         scales = kv.from_checkpoint(directory)
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    environment.exact_numerics()
     if "quantization_config" in read_json(directory / "config.json"):
         from evalkit.model.stream import load_blocks
 
@@ -109,6 +110,17 @@ def load(
     else:
         model = _weights_of(directory, {"dtype": compute, "attn_implementation": "eager"}).to(place).eval()
     return graft(model, wanted, scales=scales, rounding=rounding)
+
+
+def load_reference(
+    checkpoint: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Any:
+    """As `load`, on bf16@reference, with a bar only on a terminal: what commands measure with."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own, of loading weights
+    return load(checkpoint, "bf16@reference", device=device, dtype=dtype)
 
 
 def placement(

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from evalkit import environment
 from evalkit.errors import InputError
 from evalkit.model.ahead import Chunk, ReadAhead, chunks_of
 from evalkit.model.fp8_weights import SCALE_SUFFIX, block_size, dequantise, scale_shape
@@ -44,8 +45,7 @@ def stream(
         InputError: the checkpoint lacks a tensor, stores it in another shape, or cannot be read.
     """
     place, compute, rounding = placement(device, dtype)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    environment.exact_numerics()
     model, weights = _without_layers(resolve_checkpoint(checkpoint), place, compute)
     graft(model, rounding=rounding)
     model.evalkit.weights = weights
@@ -125,9 +125,7 @@ class StreamedWeights:
         tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
         wanted = [name for name, _ in model.named_parameters() if LAYER.fullmatch(name) is None]
         if missing := [name for name in wanted if name not in self.resident and name not in tied]:
-            raise InputError(
-                f"{directory} lacks the tensor {missing[0]}, which its config.json calls for"
-            ) from None
+            raise InputError(f"{directory} lacks the tensor {missing[0]}, which its config.json calls for")
         sizes = [sum(tensor.nbytes for tensor in layer.values()) for layer in self.layers]
         self.bytes_stored = sum(sizes) + sum(tensor.nbytes for tensor in self.resident.values())
         self._ahead = ReadAhead(min(AHEAD, _host_free() // 2), pinned=device.type == "cuda")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging
 
 import evalkit
-from evalkit import kv
+from evalkit import environment, kv
 from evalkit.errors import InputError
 from evalkit.kv import Scales
-from evalkit.model.load import graft, resolve_checkpoint
+from evalkit.model.load import graft, load_reference, resolve_checkpoint
 from evalkit.model.proof import bytes_per_token
+from evalkit.model.stream import stream
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,36 @@ def test_on_a_cpu_bf16_weights_compute_in_float32_with_rows_rounded_to_bf16(save
     assert model.dtype == torch.float32
     assert model.evalkit.rounding == torch.bfloat16
     assert evalkit.load(saved, device="cpu", dtype=torch.float32).evalkit.rounding is None
+
+
+@pytest.mark.parametrize("opened", [evalkit.load, stream])
+def test_a_model_computes_with_every_shortcut_off(saved: Path, opened: Callable[..., Any]) -> None:
+    environment.exact_numerics()
+    exact = environment.numerics_flags()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    loose = environment.numerics_flags()
+    assert all(loose[name] != exact[name] for name in exact)
+    opened(saved, device="cpu")
+    assert environment.numerics_flags() == exact
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_command_shows_a_bar_of_loading_on_a_terminal_only(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        model = load_reference(saved, "cpu")
+        assert logging.is_progress_bar_enabled() is terminal
+    finally:
+        if not shown:
+            logging.disable_progress_bar()
+    assert str(model.evalkit.candidate) == "bf16@reference"
 
 
 def test_a_checkpoint_that_does_not_exist_names_the_embedded_ones() -> None:
