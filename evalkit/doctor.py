@@ -33,8 +33,8 @@ class Finding:
     """What is known of one thing and one format here.
 
     subject: a backend, or what scores indexer keys. how: `native`, `decoded`, `emulated` or `no`. why: the reason
-    where it is `no`, else what is worth knowing. of_keys: whether it is of indexer keys. error, bound: relative L2 of the self-check, None where none was
-    made. broken: why it could not be measured.
+    where it is `no`, else what is worth knowing. of_keys: whether it is of indexer keys. error, bound: relative L2 of
+    the self-check, None where none was made. broken: why it could not be measured.
     """
 
     subject: str

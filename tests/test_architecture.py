@@ -18,6 +18,7 @@ RANK = {
     "errors": 0,
     "registry": 1,
     "progress": 1,
+    "spans": 1,
     "schema": 1,
     "records": 2,
     "kv": 2,

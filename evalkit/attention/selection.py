@@ -12,10 +12,8 @@ from torch import Tensor
 
 from evalkit.attention.indexer import Scorer
 
-SCORES_PER_CHUNK = {
-    "cpu": 2**23,
-    "cuda": 2**26,
-}  # elements of [B, t, S] held at once; top-k takes ten times as much
+# Elements of [B, t, S] held at once; top-k takes ten times as much.
+SCORES_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}
 
 
 def select(

@@ -54,9 +54,8 @@ class Cell:
         self.selections: dict[str, SelectionAccumulator] = {}
         # By phase, probe and rung: each document's [T, 2], norms of every token's error and reference.
         self.errors: dict[tuple[str, str, str], list[Tensor]] = {}
-        self.dropped: list[
-            Tensor
-        ] = []  # [T, 3] a document: keys dropped, keys of the reference, mass lost on them
+        # [T, 3] a document: keys dropped, keys of the reference, mass lost on them.
+        self.dropped: list[Tensor] = []
 
     def add(self, got: LayerPass, ref: ReferencePass, rungs: Rungs | None) -> None:
         """Compare one document, phase by phase."""

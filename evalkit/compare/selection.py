@@ -11,10 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-GATHER_VALUES: Final = {
-    "cpu": 1 << 24,
-    "cuda": 1 << 27,
-}  # float32 values of gathered rows that may live at once
+# Float32 values of gathered rows that may live at once.
+GATHER_VALUES: Final = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Keeps on disk what the layer comparison carries from layer to layer, so that one that was killed can go on.
 
 One safetensors file, replaced by the next layer's: hidden states and shared selections of every arm, each token's
-trace, the scales found so far, and how many bytes of the records' file belong to the layers it follows. It is written by a thread while the
-next layer runs; a kill in between goes on one layer earlier.
+trace, the scales found so far, and how many bytes of the records' file belong to the layers it follows. It is written
+by a thread while the next layer runs; a kill in between goes on one layer earlier.
 """
 
 from __future__ import annotations

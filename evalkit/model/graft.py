@@ -18,6 +18,7 @@ from evalkit.attention.path import PathState, SparseMLA
 from evalkit.candidate import BEST, Candidate
 from evalkit.errors import InputError
 from evalkit.kv import Scales
+from evalkit.spans import spans
 
 ARCHITECTURES = ("deepseek_v32", "glm_moe_dsa")
 
@@ -100,7 +101,7 @@ class Graft:
             missing = [layer for layer in range(len(self.layers)) if layer not in given]
             if missing:
                 raise InputError(
-                    f"{resolved} needs the scales of every layer, none given for {_ranges(missing)}: "
+                    f"{resolved} needs the scales of every layer, none given for layers {spans(missing)}: "
                     "pass scales={layer: Scales(...)}"
                 )
         state = PathState(
@@ -201,14 +202,3 @@ def _intercept_generate(model: Any, new_cache: Callable[[], PagedCache]) -> None
         return result
 
     model._prepare_cache_for_generation = prepared
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> 'layers 0-2, 5'."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return "layers " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -7,7 +7,7 @@ from typing import Final
 
 from evalkit.records import RangeRecord, Record, only
 from evalkit.report.tables import share
-from evalkit.report.where import spans
+from evalkit.spans import spans
 
 # Shares from which on a layer is named; every layer's stand in the table.
 FAULTS: Final = (

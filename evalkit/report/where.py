@@ -33,6 +33,7 @@ from evalkit.report.tables import (
     share,
     tokens_of,
 )
+from evalkit.spans import spans
 
 KERNEL = "floor:kernel"
 FLOOR_NAMES = {
@@ -351,17 +352,6 @@ def task_floor(records: Sequence[Record]) -> Table:
         rows=tuple(rows),
         text_columns=2,
     )
-
-
-def spans(layers: Sequence[int]) -> str:
-    """`0-3, 7` for 0, 1, 2, 3, 7."""
-    parts: list[list[int]] = []
-    for layer in sorted(layers):
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
 def _is_output(record: LayerRecord, probe: str, rung: str, mode: str) -> bool:

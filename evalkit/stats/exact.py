@@ -27,9 +27,8 @@ NONINFERIOR, WORSE = "noninferior", "worse"
 FINE, COARSE = 0.5, 2.0
 REACH = 6.5  # standard deviations of a binomial beyond which it is left out, 1e-10 of it
 TOLERANCE = 1e-4  # of a critical value; the value returned is on the side where the size is held
-HELD = (
-    1 - 1e-4
-)  # of alpha is what the size may be on the grid, so that it is at most alpha between its points
+# Of alpha, what the size may be on the grid, so that it is at most alpha between its points.
+HELD = 1 - 1e-4
 PEAKS = 8  # discordances that the search looks at before it looks at all of them again
 
 

@@ -104,9 +104,8 @@ class FlashInfer(BF16Operands):
         """The queries of one plan: out [t, H, C], lse [t, H]."""
         queries, heads = q_latent.shape[:2]
         key: tuple[Any, ...] = (q_latent.device, q_latent.dtype, rows[0].dtype, heads, sm_scale)
-        if (
-            self._full
-        ):  # what a graph has recorded must stay where it is: other shapes have slots of their own
+        # What a graph has recorded must stay where it is: other shapes have slots of their own.
+        if self._full:
             key += tuple(indices.shape)
         plan = self._plans.setdefault(key, _Plan())
         lengths = plan.take(indices, self._full)

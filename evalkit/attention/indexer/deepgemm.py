@@ -55,9 +55,8 @@ class DeepGemm(Scorer):
                         query[one].contiguous(),
                         None,
                         keys[one].contiguous(),
-                        key_scale[
-                            one
-                        ].clone(),  # a row of [B, S] need not begin at 16 bytes, as its loads want
+                        # A row of [B, S] need not begin at 16 bytes, as its loads want.
+                        key_scale[one].clone(),
                         weights[one].contiguous(),
                         starts,
                         ends,

@@ -57,9 +57,8 @@ def launch(
     batch, length, heads, width = query.shape
     cached = keys.shape[1]
     query, keys, weights = _packed(query), _packed(keys), _packed(weights.float())
-    scale = (
-        keys if key_scale is None else _packed(key_scale)
-    )  # without scales, a pointer that nothing follows
+    # Without scales, a pointer that nothing follows.
+    scale = keys if key_scale is None else _packed(key_scale)
     scores = torch.empty(batch, length, cached, dtype=torch.float32, device=query.device)
     grid = (-(-cached // KEYS_PER_BLOCK), -(-length // QUERIES_PER_BLOCK), batch)
     score_kernel[grid](
