@@ -31,10 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=1)
     run.add_argument("--resume", action="store_true", help="continue from OUT/state.pt")
     run.add_argument(
-        "--from", dest="origin", type=Path, help="start at the indexer phase from this checkpoint"
-    )
-    run.add_argument(
-        "--refine", type=Path, help="start at the dense phase from this checkpoint, mostly on register traces"
+        "--refine", type=Path, help="start from this run's export/ and train mostly on register traces"
     )
     run.add_argument("--lengths", type=int, nargs="+", default=[2048, 1024, 4096])
     run.add_argument("--size", choices=("nano", "tiny"), default="nano", help="tiny: a rehearsal on a CPU")
@@ -59,6 +56,12 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> None:
     state = arguments.out / "state.pt"
     if arguments.resume and not state.exists():
         raise InputError(f"there is no {state} to resume from: leave --resume out to train from the start")
+    if not arguments.resume and arguments.out.exists() and any(arguments.out.iterdir()):
+        raise InputError(
+            f"{arguments.out} is not empty: --resume goes on with a run, another --out begins one"
+        )
+    if arguments.refine is not None and not (arguments.refine / "training.json").exists():
+        raise InputError(f"{arguments.refine} has no training.json: name the export/ of a run that has ended")
     config = TINY if arguments.size == "tiny" else TrainConfig()
     budget = 60 * arguments.minutes
     budget -= min(RESERVE_SECONDS, RESERVE * budget)
@@ -71,9 +74,6 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> None:
     trainer = Trainer(config, arguments.out, device)
     if arguments.resume:
         trainer.resume()
-    elif arguments.origin is not None:
-        trainer.model.load_state_dict(checkpoint.load(arguments.origin).state_dict())
-        trainer.progress.phase = 1
     elif arguments.refine is not None:
         trainer.model.load_state_dict(checkpoint.load(arguments.refine).state_dict())
         trainer.origin = json.loads((arguments.refine / "training.json").read_text())

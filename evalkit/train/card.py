@@ -66,9 +66,9 @@ def _training(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for number, run in enumerate(runs, 1):
-        refines = f" --refine RUN{number - 1}" if number > 1 else ""
+        refines = f" --refine RUN{number - 1}/export" if number > 1 else ""
         at = f" at commit {commit}" if (commit := run.get("commit")) is not None else ""
-        name = f"{number}: `python -m evalkit.train run{refines}`{at}"
+        name = f"{number}: `python -m evalkit.train run --out RUN{number}{refines}`{at}"
         for phase in run["phases"]:
             lines.append(
                 f"| {name} | {phase['phase']} | {phase['step']} | {phase['tokens'] / 1e6:.1f} M | {phase['seconds']} |"

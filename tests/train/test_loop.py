@@ -117,10 +117,20 @@ def test_a_run_ends_with_a_card_that_tells_of_every_run_before_it(tmp_path, monk
     monkeypatch.setattr(environment, "commit", lambda: None)
     assert command.main([*asked, "--out", str(second), "--refine", str(first / "export")]) == 0
     of_one, of_two = ((out / "export" / "README.md").read_text() for out in (first, second))
-    assert "| 1: `python -m evalkit.train run` at commit a1b2c3 | dense | 8 |" in of_one
+    assert "| 1: `python -m evalkit.train run --out RUN1` at commit a1b2c3 | dense | 8 |" in of_one
     assert "| 2: " not in of_one
-    assert "| 1: `python -m evalkit.train run` at commit a1b2c3 | dense | 8 |" in of_two
-    assert "| 2: `python -m evalkit.train run --refine RUN1` | dense | 8 |" in of_two
+    assert "| 1: `python -m evalkit.train run --out RUN1` at commit a1b2c3 | dense | 8 |" in of_two
+    assert "| 2: `python -m evalkit.train run --out RUN2 --refine RUN1/export` | dense | 8 |" in of_two
+
+
+def test_a_run_is_neither_mixed_with_another_nor_made_of_none(tmp_path, capsys):
+    (tmp_path / "state.pt").touch()
+    assert command.main(["run", "--out", str(tmp_path), "--size", "tiny", "--minutes", "0.01"]) == 64
+    assert f"{tmp_path} is not empty: --resume goes on with a run" in capsys.readouterr().err
+    asked = ["run", "--out", str(tmp_path / "new"), "--size", "tiny", "--minutes", "0.01"]
+    assert command.main([*asked, "--refine", str(tmp_path)]) == 64
+    assert f"{tmp_path} has no training.json" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_indexer_phase_leaves_the_model_as_it_was(tmp_path, monkeypatch):
