@@ -1,8 +1,11 @@
 """An OpenAI-compatible server as an engine, against a real HTTP server in a thread."""
 
+import itertools
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +25,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, tokenizer, **faults):
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokenizer, self.faults, self.asked = tokenizer, faults, []
+        self.numbers = itertools.count(1)
 
     @property
     def url(self):
@@ -32,9 +36,11 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def reply(self, value, status=200):
-        body = json.dumps(value).encode()
+    def reply(self, value, status=200, headers=()):
+        body = value.encode() if isinstance(value, str) else json.dumps(value).encode()
         self.send_response(status)
+        for name, said in dict(headers).items():
+            self.send_header(name, said)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -45,14 +51,16 @@ class Handler(BaseHTTPRequestHandler):
             "/version": {"version": "0.33.0"},
             "/v1/models": {"data": [{"id": name} | faults.get("card", {"max_model_len": 130}) for name in faults.get("models", ["nano"])]},
         }  # fmt: skip
+        found |= faults.get("says", {})
         self.reply(found.get(self.path, {}), 200 if self.path in found else 404)
 
     def do_POST(self):
         server, faults = self.server, self.server.faults
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.asked.append(asked)
-        if len(server.asked) <= faults.get("fails", 0):
-            return self.reply({"error": "restarting"}, 503)
+        if next(server.numbers) <= faults.get("fails", 0):
+            said = faults.get("failure", {"error": "restarting"})
+            return self.reply(said, faults.get("status", 503), faults.get("headers", ()))
         if "refuses" in faults:
             return self.reply({"error": faults["refuses"]}, 400)
         read = min(len(asked["prompt"]), faults.get("reads", 10**6))
@@ -146,6 +154,74 @@ def test_a_server_that_comes_back_is_asked_again_and_nothing_twice(serve, prompt
     _, gone = serve("gone", fails=10**6)
     with pytest.raises(EngineDiedError, match="no answer after 4 tries: HTTP 503"):
         list(gone.generate(prompts))
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [{"status": 429}, {"status": 408}, {"status": 200, "failure": "<html>busy</html>"}, {"status": 200, "failure": [1]}],
+    ids=str,
+)  # fmt: skip
+def test_a_refusal_that_passes_is_no_refusal(serve, prompts, faults):
+    server, engine = serve(fails=2, **faults)
+    assert len(dict(engine.generate(prompts[:1]))) == 1
+    assert len(server.asked) == 3
+    _, never = serve("never", fails=10**6, **faults)
+    with pytest.raises(EngineDiedError, match=rf"after 4 tries: HTTP {faults['status']}") as error:
+        list(never.generate(prompts[:1]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "waits"), [("2", True), ("0", False), ("61", False), ("Mon, 23 Nov 2026 07:00:00 GMT", False)]
+)
+def test_it_waits_as_long_as_a_server_asks_within_reason(serve, prompts, stated, waits):
+    _, engine = serve(fails=1, status=429, headers={"Retry-After": stated})
+    began = time.monotonic()
+    assert len(dict(engine.generate(prompts[:1]))) == 1
+    assert (time.monotonic() - began > 2) == waits
+
+
+def test_a_failure_does_not_wait_for_what_would_be_asked_again(serve, prompts):
+    """One request is to wait for half a minute when another ends the run."""
+    server, engine = serve(fails=1, headers={"Retry-After": "30"}, refuses="prompt too long")
+    began = time.monotonic()
+    with pytest.raises(InputError, match="prompt too long"):
+        list(engine.generate(prompts))
+    assert time.monotonic() - began < 15
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("said", ["0.33.0", "<html>", '"0.33.0"', "[]", ""], ids=repr)
+def test_a_statement_that_is_no_json_object_is_none(serve, prompts, said, tmp_path):
+    _, engine = serve(says={"/version": said, "/get_server_info": said})
+    assert json.loads((tmp_path / "endpoint" / PROOF).read_text()).keys() == {"note", "url", "v1/models"}
+    assert len(dict(engine.generate(prompts))) == 3
+    with pytest.raises(InputError, match="serves none: name one of them"):
+        serve("other", says={"/v1/models": said})
+
+
+def test_what_a_server_stated_is_replaced_whole(serve, tmp_path, monkeypatch):
+    """The run is killed while it writes it."""
+    serve()
+    before = (tmp_path / "endpoint" / PROOF).read_text()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        serve()
+    assert (tmp_path / "endpoint" / PROOF).read_text() == before
+
+
+def test_what_asking_took_is_kept(serve, prompts):
+    _, engine = serve()
+    began = time.monotonic()
+    list(engine.generate(prompts))
+    took = time.monotonic() - began
+    assert 0 < engine.seconds(prompts) < took
+    assert engine.seconds(prompts[:1]) < engine.seconds(prompts)
+    assert serve()[1].seconds(prompts) == engine.seconds(prompts), "as another process finds it"
 
 
 def test_its_length_and_statements_are_the_servers_own(serve, tmp_path):

@@ -90,6 +90,12 @@ def answered(run, *arms):
     ]
 
 
+def seconds(path, arm):
+    """What each of an arm's engines took for the answers that it got itself."""
+    files = sorted((path / "engines" / file_name(arm)).rglob(ANSWERS))
+    return [sum(json.loads(line)["seconds"] for line in file.read_text().splitlines()[1:]) for file in files]
+
+
 def counting(folder, python):
     """An interpreter that writes a line of each start to `folder / "starts"`."""
     counts = folder / "python"
@@ -195,6 +201,11 @@ def test_a_run_goes_on_from_the_answers_that_are_there(run, stand_in, tmp_path):
 
     assert timeless(RunDirectory(stopped).read()) == timeless(records)
     assert timeless(read_samples(stopped)) == timeless(read_samples(run.path))
+    resumed = [one for one in only(RunDirectory(stopped).read(), TaskRecord) if one.candidate != BASELINE]
+    assert len(resumed) == 1 + len(STARTS)
+    for record in resumed:
+        (took,) = seconds(stopped, record.candidate)
+        assert record.wall_s > took > 0.1, "what the process that was stopped had spent on asking counts"
 
 
 def test_a_run_does_not_go_on_with_another_version_of_vllm(run, stand_in, tmp_path):
@@ -237,6 +248,12 @@ def test_a_worker_that_dies_and_shares_of_the_documents_change_no_answer(
     assert [len(path.read_text().splitlines()) - 1 for path in shares] == [DOCUMENTS, 1]
     (proved,) = only(alone.read(), CandidateRecord)
     assert proved.note.endswith("data_parallel 2")
+    (record,) = only(alone.read(), TaskRecord)
+    assert record.wall_s > max(seconds(alone.path, BASELINE)) > 0.1
+    took = [[json.loads(line)["seconds"] for line in path.read_text().splitlines()[1:]] for path in shares]
+    assert [[one > 0 for one in each] for each in took] == [[True, False], [True]], (
+        "adopted answers took no time"
+    )
 
 
 def test_an_engine_that_cannot_start_ends_the_run_in_one_line(stand_in, settings, tmp_path, capfd):

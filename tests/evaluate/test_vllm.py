@@ -2,7 +2,10 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -10,10 +13,11 @@ from safetensors.torch import load_file
 
 from evalkit import kv
 from evalkit.errors import InputError
+from evalkit.evaluate.engines import vllm
 from evalkit.evaluate.engines.base import Label, Prompt, Span
 from evalkit.evaluate.engines.launch import launch
 from evalkit.evaluate.engines.native import NativeEngine
-from evalkit.evaluate.engines.process import EngineDiedError
+from evalkit.evaluate.engines.process import EngineDiedError, Worker
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF, VllmEngine, refuse_other_path
 from evalkit.kv import Scales
 
@@ -123,6 +127,110 @@ def test_a_killed_run_asks_for_the_rest_only(start, prompts, tmp_path):
     last = start(folder="again", script={"fail_start": "must not be started"})
     assert dict(last.generate(prompts)) == whole
     assert last.starts == 0
+
+
+class Waiting:
+    """A worker that starts and then answers nothing until it is killed, or, where `dead`, dies at once."""
+
+    started = {
+        "vllm": "0.33.0",
+        "backend": "FLASHMLA_SPARSE",
+        "layers": [{"layer": 0, "backend": "FLASHMLA_SPARSE", "row_bytes": 1152, "k_scale": 1.0}],
+    }
+
+    def __init__(self, dead=False):
+        self.asked, self.killed, self.closing, self.may_close = Event(), Event(), Event(), Event()
+        self.may_close.set()
+        self.closed = 0
+        if dead:
+            self.killed.set()
+
+    def ask(self, message):
+        if message["do"] == "start":
+            yield {"started": dict(self.started)}
+            return
+        self.asked.set()
+        assert self.killed.wait(20), "nobody ended it"
+        raise EngineDiedError("it ended with signal SIGKILL")
+
+    def telling(self):
+        return []
+
+    def close(self):
+        self.closed += 1
+        self.killed.set()
+        self.closing.set()
+        assert self.may_close.wait(20)
+        time.sleep(0.2)  # what is waited for, closed and deleted
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """The workers that an engine may start, one after the other; those that it started."""
+    left, begun = [], []
+    monkeypatch.setattr(vllm, "Worker", lambda *_: begun.append(left.pop(0)) or begun[-1])
+    return left, begun
+
+
+def test_an_engine_that_is_closed_while_it_is_asked_starts_no_other(start, prompts, waiting):
+    """From another thread, as on Ctrl-C: the whole of another vLLM would start before a run ended."""
+    left, begun = waiting
+    first = Waiting()
+    left += [first, Waiting(dead=True), Waiting(dead=True)]
+    engine = start()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(lambda: list(engine.generate(prompts)))
+        assert first.asked.wait(20)
+        engine.close()
+        with pytest.raises(EngineDiedError):
+            asking.result(20)
+    assert [one.closed for one in begun] == [1]
+
+
+def test_an_engine_that_is_closed_while_its_dead_worker_is_replaced_starts_no_other(start, prompts, waiting):
+    left, begun = waiting
+    first = Waiting(dead=True)
+    first.may_close.clear()
+    left += [first, Waiting(dead=True), Waiting(dead=True)]
+    engine = start()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(lambda: list(engine.generate(prompts)))
+        assert first.closing.wait(20)
+        engine.close()
+        first.may_close.set()
+        with pytest.raises(EngineDiedError, match="was closed"):
+            asking.result(20)
+    assert [one.closed for one in begun] == [1]
+
+
+def test_a_closed_engine_gives_what_is_on_disk_and_asks_nothing(start, prompts):
+    engine = start()
+    found = dict(engine.generate(prompts[:1]))
+    engine.close()
+    assert dict(engine.generate(prompts[:1])) == found
+    with pytest.raises(EngineDiedError, match="was closed"):
+        list(engine.generate(prompts))
+    assert engine.starts == 1
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_reply_has_died(monkeypatch, tmp_path):
+    """What it had begun to say is no reply; a fresh one is asked again."""
+    (tmp_path / "halves.py").write_text(
+        """import os, sys
+sys.stdin.readline()
+os.write(1, b'{"number": 1, "answer": 1}\\n{"number": 1, "ans')
+os._exit(9)
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = Worker("halves", tmp_path / "log", {})
+    replies = worker.ask({})
+    assert next(replies) == {"answer": 1}
+    with pytest.raises(EngineDiedError, match="code 9"):
+        next(replies)
+    worker.close()
+    with pytest.raises(EngineDiedError):
+        list(worker.ask({}))
 
 
 def test_another_engines_answers_are_not_taken(start, prompts, tmp_path):
@@ -243,6 +351,23 @@ def test_layers_and_logits_are_kept_as_the_engine_computed_them(start, tokenizer
         if name == "bf16":
             ours = kv.get(name).encode(found[f"{layer}.latent"], found[f"{layer}.rope"], Scales())
             assert torch.equal(ours.view(torch.uint8), rows)
+
+
+def test_a_document_counts_as_shown_when_its_account_is_whole(start, tokenizer, monkeypatch):
+    """The run is killed while it writes it."""
+    documents, engine = [tokenizer("another")["input_ids"]], start()
+    engine.start()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            engine.keep(documents)
+    assert not list((engine.folder / "logits").glob("*.json"))
+    (file,) = engine.keep(documents)
+    assert json.loads(file.with_suffix(".json").read_text())["shapes"]["logits"]
 
 
 def test_documents_of_two_versions_do_not_lie_in_one_folder(start, tokenizer):

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import requests
 
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.base import Answer, Prompt, Span
-from evalkit.evaluate.engines.kept import Kept, key_of
+from evalkit.evaluate.engines.kept import Kept, Questions
 from evalkit.evaluate.engines.process import EngineDiedError
 from evalkit.evaluate.engines.stops import Stops
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF, text_of
 from evalkit.progress import progress
+from evalkit.records import write_whole
 
 UNSEEN = "layers are unseen: cache format, kernel and scales are the server's word, not proved"
 # What servers say of themselves, and where; each answers some.
 STATEMENTS = ("version", "get_server_info", "v1/models")
-TRIES, WAIT_S = 4, 2.0
+TRIES, WAIT_S, LONGEST_WAIT_S = 4, 2.0, 60.0
+# Refusals that pass: of a request that took too long to arrive, and of too many.
+PASSING = (408, 429)
 SILENT = 1  # a prompt's scores come with one generated token, which nobody reads
 
 
@@ -73,7 +76,8 @@ class EndpointEngine:
         self._stops: dict[tuple[str, ...], Stops] = {}
         said = json.dumps([self.model, self.proof.get("version"), str(checkpoint)])
         self._kept = Kept(folder / ANSWERS, hashlib.sha256(said.encode()).hexdigest()[:16])
-        (folder / PROOF).write_text(json.dumps(self.proof, indent=1))
+        self._ended = Event()
+        write_whole(folder / PROOF, json.dumps(self.proof, indent=1))
 
     def close(self) -> None:
         """Nothing is held; the server goes on."""
@@ -82,26 +86,18 @@ class EndpointEngine:
         """What is generated after the first token reads stored rows; whether a prompt did, a server does not say."""
         return isinstance(request, Prompt) and request.max_new > 1
 
+    def seconds(self, requests: Sequence[Prompt | Span]) -> float:
+        """What asking for these took, in whichever processes."""
+        return self._kept.seconds(requests)
+
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         """As `Engine.generate`. Where a server does not tell its token ids, its text is tokenised again."""
-        questions = [
-            {"ids": list(one.ids), "max_new": one.max_new, "until": list(one.until), "label": str(one.label)}
-            for one in prompts
-        ]
-        for place, found in self._asked("generate", questions, self._generated):
+        for place, found in self._asked(prompts, self._generated):
             yield place, Answer(ids=found["ids"], ended=found["ended"], logprobs=found["logprobs"])
 
     def score(self, spans: Sequence[Span]) -> Iterator[tuple[int, tuple[float, bool]]]:
         """As `Engine.score`; a continuation that ties with the likeliest one counts as greedy."""
-        questions = [
-            {
-                "context": list(one.context),
-                "continuation": list(one.continuation),
-                "label": str(one.label),
-            }
-            for one in spans
-        ]
-        for place, found in self._asked("score", questions, self._scored):
+        for place, found in self._asked(spans, self._scored):
             yield place, (found["nats"], found["greedy"])
 
     def _generated(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -160,48 +156,47 @@ class EndpointEngine:
         return choice
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Ask, again after a while where the server fails or is gone: it may be starting anew."""
+        """Ask, again after a while where the server fails, is too busy, or is gone: it may be starting anew."""
         for attempt in range(TRIES):
+            stated = None
             try:
                 answer = requests.post(f"{self.url}/v1/completions", json=body, timeout=self.timeout_s)
             except requests.RequestException as error:
                 failure = f"{type(error).__name__}"
             else:
-                if answer.ok:
-                    found: dict[str, Any] = answer.json()
+                found = _object(answer) if answer.ok else None
+                if found is not None and found.get("choices"):
                     return found
                 failure = f"HTTP {answer.status_code}: {' '.join(answer.text.split())[:200]}"
-                if answer.status_code < 500:
+                if 400 <= answer.status_code < 500 and answer.status_code not in PASSING:
                     raise InputError(f"{self.url} refuses a request: {failure}")
-            if attempt + 1 < TRIES:
-                time.sleep(WAIT_S * 2**attempt)
-        raise EngineDiedError(f"{self.url} gives no answer after {TRIES} tries: {failure}")
+                stated = answer.headers.get("Retry-After")
+            if attempt + 1 == TRIES or self._ended.wait(_wait_s(attempt, stated)):
+                break
+        raise EngineDiedError(f"{self.url} gives no answer after {attempt + 1} tries: {failure}")
 
     def _asked(
-        self, kind: str, questions: list[dict[str, Any]], ask: Callable[[dict[str, Any]], dict[str, Any]]
+        self, requests: Sequence[Prompt | Span], ask: Callable[[dict[str, Any]], dict[str, Any]]
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each question's place and answer: first those on disk, then as they come."""
-        keys = [key_of(kind, question) for question in questions]
-        missing = {key: place for place, key in enumerate(keys) if key not in self._kept.answers}
-        for place, key in enumerate(keys):
-            if key not in missing:
-                yield place, self._kept.answers[key]
+        """Each request's place and answer: first those on disk, then as they come."""
+        questions = Questions(self._kept, requests)
+        yield from questions.known()
+        missing = questions.missing()
+        self._ended.clear()
         with (
             progress(f"{self.model} at {self.url}", len(missing)) as step,
             ThreadPoolExecutor(self.at_once) as pool,
         ):
-            futures = {pool.submit(ask, questions[place]): key for key, place in missing.items()}
             try:
+                futures = {pool.submit(ask, one): key for key, one in missing.items()}
                 for future in as_completed(futures):
-                    key, found = futures[future], future.result()
-                    self._kept.keep(key, found)
+                    found = questions.keep(futures[future], future.result())
                     step()
-                    for place, other in enumerate(keys):
-                        if other == key:
-                            yield place, found
+                    yield from found
             finally:
-                for future in futures:
-                    future.cancel()
+                # Where one failed, or nobody wants the rest: what is in flight is awaited, and not asked again.
+                self._ended.set()
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _statements(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -212,13 +207,30 @@ class EndpointEngine:
                 raise InputError(
                     f"no server answers at {self.url} ({type(error).__name__}): start one, or name its address"
                 ) from None
-            if answer.ok:
-                found[name] = answer.json()
+            if answer.ok and (said := _object(answer)) is not None:
+                found[name] = said
         return found
 
 
+def _object(answer: requests.Response) -> dict[str, Any] | None:
+    """The JSON object that a server answers; None where it is something else, as a line of text."""
+    try:
+        found = answer.json()
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _wait_s(attempt: int, stated: str | None) -> float:
+    """Seconds before another try: longer each time, and as long as the server asks (Retry-After), within reason."""
+    wanted: float = WAIT_S * 2**attempt
+    if stated is None or not stated.isdecimal() or float(stated) > LONGEST_WAIT_S:
+        return wanted
+    return max(wanted, float(stated))
+
+
 def _card(url: str, models: Any, wanted: str | None) -> dict[str, Any]:
-    served: dict[str, dict[str, Any]] = {str(one["id"]): one for one in (models or {}).get("data", [])}
+    served: dict[str, dict[str, Any]] = {str(one["id"]): one for one in (models or {}).get("data") or []}
     if wanted is None and len(served) == 1:
         (only,) = served.values()
         return only

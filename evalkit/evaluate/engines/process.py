@@ -83,12 +83,13 @@ class Worker:
             EngineDiedError: it failed or ended otherwise.
         """
         self.number += 1
+        line = json.dumps(message | {"number": self.number}) + "\n"
         assert self._process.stdin is not None
-        with suppress(OSError):  # it has ended, which the missing reply tells
-            self._process.stdin.write(json.dumps(message | {"number": self.number}) + "\n")
+        # It has ended, or was closed by another thread, which the missing reply tells.
+        with suppress(OSError, ValueError):
+            self._process.stdin.write(line)
             self._process.stdin.flush()
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._said():
             reply = json.loads(line)
             if reply.pop("number") != self.number:
                 continue  # of a question that nobody listened to the end of
@@ -101,6 +102,14 @@ class Worker:
             yield reply
         self._process.wait()
         raise self._death(f"it ended with {_ending(self._process.returncode)}")
+
+    def _said(self) -> Iterator[str]:
+        """Lines until it ends; one that it had not written to its end is none."""
+        assert self._process.stdout is not None
+        with suppress(ValueError):  # another thread has closed it
+            for line in self._process.stdout:
+                if line.endswith("\n"):
+                    yield line
 
     def close(self) -> None:
         """End it and all that it started."""

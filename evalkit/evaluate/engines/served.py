@@ -8,10 +8,8 @@ there, so that a run which was killed asks nothing twice.
 from __future__ import annotations
 
 import sys
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.arms import Arm, arms_of
 from evalkit.evaluate.engines.asked import Asked
+from evalkit.evaluate.engines.at_once import Running, at_once
 from evalkit.evaluate.engines.shown import Shown
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import ask, load_tasks
@@ -113,6 +112,7 @@ class Served(ABC):
             yield self.record(arm, requested, self.engine(arm, _folder(run, arm)).proof)
 
     def seconds(self, arm: Arm, task: str) -> float:
+        """Of the share that took longest; what was answered before a run was stopped counts."""
         return self._seconds.get((arm.name, task), 0.0)
 
     def fetch(self, arms: Sequence[Arm], run: Path, layers: bool = False) -> Shown:
@@ -125,17 +125,19 @@ class Served(ABC):
         for room in self.rooms():
             free.put(room)
 
-        def fetch(arm: Arm, held: list[Any]) -> None:
+        running = Running()
+
+        def fetch(arm: Arm) -> None:
             room = free.get()
             try:
                 asked = self.asked.tasks if arm.name in unasked else []
-                self._fetch(arm, _folder(run, arm), room, held, asked, shown)
+                self._fetch(arm, _folder(run, arm), room, running, asked, shown)
                 self.refuse_mixed(run / FOLDER)
             finally:
                 free.put(room)
 
         every = [arm for arm in self.arms(None) if arm.name in unasked or shown.wants(arm)]
-        _at_once(free.qsize(), [partial(fetch, arm) for arm in every])
+        at_once(free.qsize(), [partial(fetch, arm) for arm in every], running.end)
         return shown
 
     def _fetch(
@@ -143,7 +145,7 @@ class Served(ABC):
         arm: Arm,
         folder: Path,
         room: Sequence[Gpus],
-        held: list[Any],
+        running: Running,
         tasks: Sequence[str],
         shown: Shown,
     ) -> None:
@@ -151,50 +153,35 @@ class Served(ABC):
             self.engine(arm, folder if not share else folder / f"share-{share}", gpus)
             for share, gpus in enumerate(room)
         ]
-        held.extend(engines)
+
+        def close() -> None:
+            for engine in engines:
+                engine.close()
+
+        running.take(engines)
         try:
             if shown.wants(arm):
                 shown.keep(arm, engines[0])
             for task in tasks:
-                began = time.perf_counter()
                 shares = [
                     partial(self._ask, engine, task, slice(share, None, len(engines)))
                     for share, engine in enumerate(engines)
                 ]
-                _at_once(len(shares), shares, held)
-                self._seconds[arm.name, task] = time.perf_counter() - began
+                # Its own alone: what failed here is to be told, and not what ended with it.
+                at_once(len(shares), shares, close)
+                asked = [*self.asked.prompts.get(task, []), *self.asked.spans.get(task, [])]
+                self._seconds[arm.name, task] = max(engine.seconds(asked) for engine in engines)
             for other in engines[1:]:
                 engines[0].adopt(other)
         finally:
-            for engine in engines:
-                engine.close()
+            close()
 
-    def _ask(self, engine: Any, task: str, share: slice, held: list[Any]) -> None:
+    def _ask(self, engine: Any, task: str, share: slice) -> None:
         """Which documents are whose does not depend on what is answered."""
         for _ in engine.generate(self.asked.prompts.get(task, [])[share]):
             pass
         for _ in engine.score(self.asked.spans.get(task, [])[share]):
             pass
-
-
-def _at_once(count: int, tasks: Sequence[Callable[[list[Any]], None]], held: list[Any] | None = None) -> None:
-    """Do all, `count` at a time; each is given the list of engines to close where one of them, or who waits, fails."""
-    held = [] if held is None else held
-    if count == 1:
-        for task in tasks:
-            task(held)
-        return
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(task, held) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            for engine in held.copy():  # its thread waits for answers
-                engine.close()
-            raise
 
 
 def refuse_unserved(config: RunConfig) -> None:

@@ -12,12 +12,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.base import Answer, Prompt, Span
-from evalkit.evaluate.engines.kept import Kept, key_of
+from evalkit.evaluate.engines.kept import Kept, Questions
 from evalkit.evaluate.engines.launch import ENVIRONMENT, Launch
 from evalkit.evaluate.engines.process import EngineDiedError, Worker
 from evalkit.progress import progress
@@ -43,7 +44,7 @@ class VllmEngine:
 
     Raises:
         InputError: vLLM cannot run this candidate here, or ran another path than it was asked for.
-        EngineDiedError: the worker ended for another reason.
+        EngineDiedError: the worker ended for another reason, or the engine was closed.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class VllmEngine:
         told = folder / PROOF
         self.proof: dict[str, Any] = json.loads(told.read_text()) if told.exists() else {}
         self._worker: Worker | None = None
+        self._closed, self._lock = False, Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -76,37 +78,19 @@ class VllmEngine:
         self.close()
 
     def close(self) -> None:
-        """End the worker; the next question would start another."""
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        """End the worker, from any thread, and start no other: what has to ask raises EngineDiedError from now on."""
+        with self._lock:
+            self._closed = True
+        self._end()
 
     def start(self) -> dict[str, Any]:
         """Start the worker, unless it runs, and return the proof of its path: see `inside.describe`.
 
         Raises:
             InputError: it cannot start, or its cache or backend is not what the candidate names.
+            EngineDiedError: it ended while it started, or the engine was closed.
         """
-        if self._worker is None:
-            self.starts += 1
-            log = self.folder / (LOG if self.starts == 1 else f"engine-{self.starts}.log")
-            self._worker = Worker(WORKER, log, self._environment, self.python)
-            before = self.proof
-            try:
-                message = {
-                    "do": "start",
-                    "launch": self.launch.to_json(),
-                    "stop_ids": list(self.stop_ids),
-                }
-                (reply,) = self._worker.ask(message)
-                self.proof = reply["started"] | {"log": self._worker.telling()}
-                refuse_other_path(self.launch, self.proof)
-                if before:
-                    self._refuse_changed(before)
-            except BaseException:
-                self.close()
-                raise
-            write_whole(self.folder / PROOF, json.dumps(self.proof, indent=1))
+        self._running()
         return self.proof
 
     def adopt(self, other: VllmEngine) -> None:
@@ -129,20 +113,18 @@ class VllmEngine:
             return bool(request.max_new > 1 or len(request.ids) > proof["dense_prefill_tokens"])
         return bool(len(request.context) + len(request.continuation) > proof["dense_prefill_tokens"])
 
+    def seconds(self, requests: Sequence[Prompt | Span]) -> float:
+        """What asking for these took, in whichever processes; what was adopted took this engine nothing."""
+        return self._kept.seconds(requests)
+
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         """As `Engine.generate`; an answer is on disk before it is given."""
-        questions = [
-            {"ids": list(one.ids), "max_new": one.max_new, "until": list(one.until)} for one in prompts
-        ]
-        labels = [str(one.label) for one in prompts]
-        for place, found in self._asked("generate", "answer", "prompts", questions, labels):
+        for place, found in self._asked(prompts, "generate", "prompts", "answer"):
             yield place, Answer(ids=found["ids"], ended=found["ended"], logprobs=found.get("logprobs"))
 
     def score(self, spans: Sequence[Span]) -> Iterator[tuple[int, tuple[float, bool]]]:
         """As `Engine.score`; a continuation that ties with the likeliest one counts as greedy."""
-        questions = [{"context": list(one.context), "continuation": list(one.continuation)} for one in spans]
-        labels = [str(one.label) for one in spans]
-        for place, found in self._asked("score", "score", "spans", questions, labels):
+        for place, found in self._asked(spans, "score", "spans", "score"):
             yield place, (found["nats"], found["greedy"])
 
     def keep(
@@ -167,10 +149,11 @@ class VllmEngine:
                 {"id": number, "ids": list(documents[number]), "file": str(files[number])}
                 for number in missing
             ]
-            for reply in self._ask({"do": "keep", "documents": asked, "layers": layers}) if asked else ():
+            message = {"do": "keep", "documents": asked, "layers": layers}
+            for reply in self._running().ask(message) if asked else ():
                 found = reply["kept"]
                 # Last, so that a file whose writing was cut off counts as missing.
-                files[found["id"]].with_suffix(".json").write_text(json.dumps(found))
+                write_whole(files[found["id"]].with_suffix(".json"), json.dumps(found))
                 if told is not None:
                     told()
 
@@ -178,51 +161,55 @@ class VllmEngine:
         return files
 
     def _asked(
-        self,
-        kind: str,
-        reply_name: str,
-        list_name: str,
-        questions: list[dict[str, Any]],
-        labels: Sequence[str],
+        self, requests: Sequence[Prompt | Span], kind: str, list_name: str, reply_name: str
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each question's place and answer, those first that are on disk."""
-        keys = [key_of(kind, one | {"label": label}) for one, label in zip(questions, labels, strict=True)]
-        places: dict[str, list[int]] = {}
-        for place, key in enumerate(keys):
-            places.setdefault(key, []).append(place)
+        """Each request's place and answer, those first that are on disk."""
+        questions = Questions(self._kept, requests)
+        yield from questions.known()
         fresh: list[tuple[int, dict[str, Any]]] = []
-        known = [key for key in places if key in self._kept.answers]
-        for key in known:
-            yield from ((place, self._kept.answers[key]) for place in places[key])
 
         def ask() -> None:
-            missing = [key for key in places if key not in self._kept.answers]
-            if not missing:
-                return
-            asked = [questions[places[key][0]] | {"id": key} for key in missing]
-            for reply in self._ask({"do": kind, list_name: asked, "logprobs": self.logprobs}):
+            asked = [one | {"id": key} for key, one in questions.missing().items()]
+            message = {"do": kind, list_name: asked, "logprobs": self.logprobs}
+            for reply in self._running().ask(message) if asked else ():
                 found = reply[reply_name]
-                key = found.pop("id")
-                self._kept.keep(key, found)
-                fresh.extend((place, found) for place in places[key])
+                fresh.extend(questions.keep(found.pop("id"), found))
                 step()
 
-        with progress(f"vLLM {self.launch.candidate}", len(places) - len(known)) as step:
+        with progress(f"vLLM {self.launch.candidate}", len(questions.missing())) as step:
             self._with_restarts(ask)
         yield from fresh
 
-    def _refuse_changed(self, before: Mapping[str, Any]) -> None:
-        for fact in ("vllm", "backend"):
-            if before[fact] != self.proof[fact]:
-                raise InputError(
-                    f"{self.folder} was begun with {fact} {before[fact]}, here it is {self.proof[fact]}: name a fresh "
-                    "folder"
-                )
+    def _running(self) -> Worker:
+        """The worker; a fresh one where there is none, once it has proved its path."""
+        with self._lock:
+            if self._closed:
+                raise EngineDiedError(f"the engine of {self.folder} was closed")
+            if self._worker is not None:
+                return self._worker
+            self.starts += 1
+            log = self.folder / (LOG if self.starts == 1 else f"engine-{self.starts}.log")
+            worker = self._worker = Worker(WORKER, log, self._environment, self.python)
+        try:
+            message = {"do": "start", "launch": self.launch.to_json(), "stop_ids": list(self.stop_ids)}
+            (reply,) = worker.ask(message)
+            proof = reply["started"] | {"log": worker.telling()}
+            refuse_other_path(self.launch, proof)
+            self._refuse_changed(proof)
+        except BaseException:
+            self._end()
+            raise
+        self.proof = proof
+        write_whole(self.folder / PROOF, json.dumps(proof, indent=1))
+        return worker
 
-    def _ask(self, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        self.start()
-        assert self._worker is not None
-        return self._worker.ask(message)
+    def _end(self) -> None:
+        """End the worker, where there is one."""
+        with self._lock:
+            # Before it dies: whoever waits for it must not take it for one that died by itself, and is to be replaced.
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
 
     def _with_restarts(self, ask: Callable[[], None]) -> None:
         """Ask until all is answered: a worker that dies is replaced, and asked for what is missing."""
@@ -230,10 +217,19 @@ class VllmEngine:
             try:
                 return ask()
             except EngineDiedError:
-                if not left or self._worker is None:  # what cannot start will not start again
+                # What cannot start will not start again; nor does what was closed.
+                if not left or self._worker is None:
                     raise
-                self.close()
+                self._end()
         return None
+
+    def _refuse_changed(self, proof: Mapping[str, Any]) -> None:
+        for fact in ("vllm", "backend"):
+            if self.proof and self.proof[fact] != proof[fact]:
+                raise InputError(
+                    f"{self.folder} was begun with {fact} {self.proof[fact]}, here it is {proof[fact]}: name a fresh "
+                    "folder"
+                )
 
 
 def refuse_other_path(launch: Launch, proof: Mapping[str, Any]) -> None:

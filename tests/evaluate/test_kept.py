@@ -1,0 +1,91 @@
+"""Answers on disk, and what they took, over the processes that asked."""
+
+import hashlib
+import json
+
+import pytest
+
+from evalkit.errors import InputError
+from evalkit.evaluate.engines import kept
+from evalkit.evaluate.engines.base import Label, Prompt, Span
+from evalkit.evaluate.engines.kept import Kept, Questions, key_of, question
+
+
+def prompt(number, ids):
+    return Prompt(label=Label("task", number), ids=ids, max_new=6, until=["."])
+
+
+PROMPTS = [prompt(0, [1, 2]), prompt(1, [1, 2]), prompt(0, [1, 2]), prompt(2, [3])]
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Sets the clock."""
+
+    def set_to(seconds):
+        monkeypatch.setattr(kept.time, "perf_counter", lambda: seconds)
+
+    return set_to
+
+
+def test_requests_that_ask_alike_are_asked_once(tmp_path):
+    questions = Questions(Kept(tmp_path / "answers", "x"), PROMPTS)
+    missing = questions.missing()
+    assert [one["ids"] for one in missing.values()] == [[1, 2], [1, 2], [3]], "documents 0, 1 and 2"
+    first, *others = missing
+    assert questions.keep(first, "a") == [(0, "a"), (2, "a")]
+    assert list(questions.missing()) == others
+    assert list(Questions(Kept(tmp_path / "answers", "x"), PROMPTS).known()) == [(0, "a"), (2, "a")]
+
+
+def test_seconds_add_up_over_the_processes_that_asked(tmp_path, at):
+    """The first was killed after two answers; what it spent on a third is not known."""
+    at(10.0)
+    questions = Questions(Kept(tmp_path / "answers", "x"), PROMPTS)
+    at(20.0)
+    keys = list(questions.missing())
+    for seconds, key in ((23.0, keys[1]), (24.5, keys[0])):
+        at(seconds)
+        questions.missing()  # a worker died, and what is left is asked of another
+        questions.keep(key, "answer")
+    at(30.0)
+    again = Kept(tmp_path / "answers", "x")
+    assert again.seconds(PROMPTS) == 4.5
+    at(100.0)
+    questions = Questions(again, PROMPTS)
+    (left,) = questions.missing()
+    at(102.0)
+    questions.keep(left, "answer")
+    assert again.seconds(PROMPTS) == Kept(tmp_path / "answers", "x").seconds(PROMPTS) == 6.5
+    assert again.seconds([PROMPTS[1]]) == 3.0
+    assert again.seconds([prompt(9, [9])]) == 0.0
+
+
+def test_answers_without_seconds_took_none(tmp_path):
+    """Files of before they were kept."""
+    (key,) = Questions(Kept(tmp_path / "answers", "x"), PROMPTS[:1]).missing()
+    with (tmp_path / "answers").open("a") as file:
+        file.write(json.dumps({"key": key, "answer": "a"}) + "\n")
+    found = Kept(tmp_path / "answers", "x")
+    assert found.answers == {key: "a"}
+    assert found.seconds(PROMPTS) == 0.0
+
+
+def test_seconds_that_are_no_number_are_refused(tmp_path):
+    Kept(tmp_path / "answers", "x").keep("key", "a", 1.0)
+    text = (tmp_path / "answers").read_text()
+    (tmp_path / "answers").write_text(text.replace("1.0", "[]"))
+    with pytest.raises(InputError, match="is no file of answers"):
+        Kept(tmp_path / "answers", "x")
+
+
+def test_a_question_keeps_its_name_so_that_older_folders_go_on():
+    asked = {"ids": [1, 2], "max_new": 6, "until": ["."], "label": "task document 0"}
+    assert question(PROMPTS[0]) == ("generate", asked)
+    text = '["generate", {"ids": [1, 2], "label": "task document 0", "max_new": 6, "until": ["."]}]'
+    assert key_of("generate", asked) == hashlib.sha256(text.encode()).hexdigest()[:32]
+    span = Span(label=Label(None, None), context=(4,), continuation=(5, 6))
+    assert question(span) == (
+        "score",
+        {"context": [4], "continuation": [5, 6], "label": "request document ?"},
+    )
