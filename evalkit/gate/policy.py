@@ -9,15 +9,16 @@ import tomllib
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import get_args
+from typing import Annotated
 
 from evalkit.errors import InputError
-from evalkit.gate.strict import build
-from evalkit.schema import HINTS
-from evalkit.stats.exact import check
+from evalkit.gate.contradictions import refuse_contradictions
+from evalkit.gate.strict import Range, build
 from evalkit.stats.power import each_power
 
-ANOMALOUS, INCONCLUSIVE = "ANOMALOUS", "INCONCLUSIVE"
+INCONCLUSIVE = "INCONCLUSIVE"
+Share = Annotated[float, Range(0, 1)]
+Documents = Annotated[int, Range(2, 1_000_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Scope:
     checkpoints: dict[str, str]
     gpus: tuple[str, ...]
     kernels: tuple[str, ...]
-    heads: tuple[int, ...]
+    heads: tuple[Annotated[int, Range(1, 4096)], ...]
     profiles: tuple[str, ...] = ("native",)
 
 
@@ -49,9 +50,9 @@ class PrimaryEndpoint:
     task: str
     metric: str
     filter: str
-    margin: float
-    chance: float = 0.0
-    documents_per_cluster: int = 1
+    margin: Annotated[float, Range(0.0001, 0.25)]
+    chance: Annotated[float, Range(0, 0.98)] = 0.0
+    documents_per_cluster: Annotated[int, Range(1, 1_000_000)] = 1
 
     def __str__(self) -> str:
         return f"{self.task}, {self.metric} ({self.filter})"
@@ -65,9 +66,9 @@ class Coverage:
     stored_rows: tokens whose attention read rows of the cache.
     """
 
-    over_topk: float
-    stored_rows: float
-    truncated: float = 0.0
+    over_topk: Share
+    stored_rows: Share
+    truncated: Share = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,8 @@ class Damage:
     large damage has not shown that it would find a small one.
     """
 
-    noise: float
-    loss_at_most: float
+    noise: Annotated[float, Range(0.0001, 10)]
+    loss_at_most: Annotated[float, Range(0.0002, 0.5)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ class Policy:
     baselines: what each must not be worse than: bf16 and, where a default changes, the incumbent.
     true_loss: what planning assumes.
     looks: how often the verdict may be asked for as documents are added; each is at alpha / looks.
+    documents: of each task, how many a look adds; None leaves open how many a run scores.
     """
 
     name: str
@@ -134,10 +136,11 @@ class Policy:
     endpoints: tuple[PrimaryEndpoint, ...]
     coverage: Coverage
     damage: Damage
-    alpha: float = 0.05
-    power: float = 0.8
-    true_loss: float = 0.0
-    looks: int = 1
+    alpha: Annotated[float, Range(1e-6, 0.2)] = 0.05
+    power: Annotated[float, Range(0.1, 0.9999)] = 0.8
+    true_loss: Annotated[float, Range(-1, 1)] = 0.0
+    looks: Annotated[int, Range(1, 100)] = 1
+    documents: Documents | None = None
     limits: tuple[Limit, ...] = ()
     exceptions: tuple[Exemption, ...] = ()
 
@@ -151,9 +154,17 @@ class Policy:
         """Power of each thing to be shown, with which all are: of every endpoint its loss, and its planted damage."""
         return each_power(self.power, 2 * len(self.endpoints))
 
+    @property
+    def planned(self) -> tuple[int, ...]:
+        """Documents of each task at every look; empty where the policy names no number."""
+        return () if self.documents is None else tuple(self.documents * (k + 1) for k in range(self.looks))
+
     def to_json(self) -> str:
         """All of it in one form, defaults included."""
-        return json.dumps(asdict(self), sort_keys=True, default=str)
+        said = asdict(self)
+        if self.documents is None:
+            del said["documents"]  # a policy that is silent on it keeps the hash that runs have stored
+        return json.dumps(said, sort_keys=True, default=str)
 
     @property
     def sha256(self) -> str:
@@ -165,73 +176,17 @@ def load(path: Path) -> Policy:
     """Read a policy.
 
     Raises:
-        InputError: the file cannot be read, says something unknown, or limits a figure that no record has.
+        InputError: the file cannot be read, says something unknown or out of range, contradicts itself, or limits a
+            figure that no record has.
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"no policy at {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not UTF-8, not TOML, or an integer of thousands of digits
         raise InputError(f"{path} is not TOML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path} is not TOML: it is nested too deeply") from None
     policy = build(Policy, raw, str(path))
-    _check_policy(policy, str(path))
-    for number, limit in enumerate(policy.limits):
-        _check_limit(limit, f"{path}: limits[{number}] ({limit.name})")
+    refuse_contradictions(policy, str(path))
     return policy
-
-
-def _check_policy(policy: Policy, where: str) -> None:
-    names = [limit.name for limit in policy.limits]
-    refused = {
-        "decide, baselines and endpoints: name at least one of each": not (
-            policy.decide and policy.baselines and policy.endpoints
-        ),
-        "limits: two have one name": len(set(names)) < len(names),
-        "endpoints: one is named twice": len({str(e) for e in policy.endpoints}) < len(policy.endpoints),
-        f"looks is {policy.looks}: at least 1 is right": policy.looks < 1,
-        f"power is {policy.power}: a number between 0 and 1 is right": not 0 < policy.power < 1,
-        f"damage: noise is {policy.damage.noise}: more than 0 is right": not policy.damage.noise > 0,
-    }
-    for what, wrong in refused.items():
-        if wrong:
-            raise InputError(f"{where}: {what}")
-    for key in ("over_topk", "stored_rows", "truncated"):
-        if not 0 <= getattr(policy.coverage, key) <= 1:
-            raise InputError(f"{where}: coverage: {key} is {getattr(policy.coverage, key)}: a share is right")
-    for endpoint in policy.endpoints:
-        try:
-            check(2, endpoint.margin, policy.look_alpha)
-        except InputError as error:
-            raise InputError(f"{where}: {endpoint}: {error}") from None
-        if endpoint.documents_per_cluster < 1:
-            raise InputError(f"{where}: {endpoint}: documents_per_cluster is at least 1")
-        # Sensitivity is to be shown for damage of twice the margin.
-        if policy.damage.loss_at_most < 2 * endpoint.margin:
-            raise InputError(
-                f"{where}: damage: loss_at_most {policy.damage.loss_at_most:g} leaves no room for the twofold margin "
-                f"of {endpoint}: at least {2 * endpoint.margin:g} is right"
-            )
-    for exempt in policy.exceptions:
-        if exempt.limit not in names or not exempt.reason.strip():
-            raise InputError(
-                f"{where}: exceptions: {exempt.limit!r} for {exempt.candidate}: name one of the limits "
-                f"({', '.join(names)}) and give a reason"
-            )
-
-
-def _check_limit(limit: Limit, where: str) -> None:
-    hints = HINTS.get(limit.kind)
-    if hints is None or "candidate" not in hints:
-        kinds = ", ".join(kind for kind, names in HINTS.items() if "candidate" in names)
-        raise InputError(f"{where}: figure {limit.figure!r}: no such kind of record; known are {kinds}")
-    numbers = [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
-    if limit.value not in numbers:
-        raise InputError(f"{where}: figure {limit.figure!r}: a {limit.kind} record has {', '.join(numbers)}")
-    for key in limit.where:
-        if hints.get(key) is not str:
-            texts = ", ".join(name for name, hint in hints.items() if hint is str)
-            raise InputError(f"{where}: {key!r} selects nothing: a {limit.kind} record has {texts}")
-    if (limit.at_most is None) == (limit.at_least is None):
-        raise InputError(f"{where}: give at_most or at_least, one of them")
-    if limit.breach not in (ANOMALOUS, INCONCLUSIVE):
-        raise InputError(f"{where}: breach is {limit.breach!r}: {INCONCLUSIVE} or {ANOMALOUS} is right")
