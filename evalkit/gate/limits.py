@@ -1,11 +1,12 @@
 """A policy's limits on recorded figures."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
 from evalkit.errors import InputError
-from evalkit.gate.policy import Limit, Policy
+from evalkit.gate.policy import Exemption, Limit, Policy
 from evalkit.gate.words import Check, Verdict
 from evalkit.records import CandidateRecord, Record
 
@@ -22,19 +23,23 @@ NOT_EVERYWHERE = {
 def check_limits(
     records: Sequence[Record], candidate: CandidateRecord, policy: Policy, today: date
 ) -> Iterator[Check]:
-    """One check a limit, exceptions applied.
+    """One check a limit. An exception excuses a breach, never a figure that was not recorded.
 
     Raises:
         InputError: a limit selects by a value that no record of its kind has.
     """
     for limit in policy.limits:
-        found = _check(records, candidate.candidate, limit)
-        if found.verdict is not Verdict.NON_INFERIOR:
-            found = _excepted(found, candidate, limit, policy, today)
-        yield found
+        allowed = [
+            exempt
+            for exempt in policy.exceptions
+            if exempt.limit == limit.name and exempt.candidate in (candidate.candidate, candidate.requested)
+        ]
+        yield _check(records, candidate.candidate, limit, allowed, today)
 
 
-def _check(records: Sequence[Record], candidate: str, limit: Limit) -> Check:
+def _check(
+    records: Sequence[Record], candidate: str, limit: Limit, allowed: Sequence[Exemption], today: date
+) -> Check:
     name = f"limit: {limit.name}"
     kind = [r for r in records if r.kind == limit.kind]
     _refuse_unknown_values(kind, limit)
@@ -64,32 +69,24 @@ def _check(records: Sequence[Record], candidate: str, limit: Limit) -> Check:
     limited = f"{'at most' if limit.at_most is not None else 'at least'} {bound:.3g}"
     if held:
         return Check(name=name, verdict=Verdict.NON_INFERIOR, reason=f"{said}; {limited} is asked for.")
-    return Check(
+    breach = Check(
         name=name,
         verdict=Verdict(limit.breach),
         reason=f"{said}; the policy asks for {limited}.",
-        needs="A smaller figure, or an exception with a reason and a day.",
+        needs=f"A {'smaller' if limit.at_most is not None else 'larger'} figure, or an exception with a reason and a day.",
     )
+    return _excepted(breach, allowed, today)
 
 
-def _excepted(found: Check, candidate: CandidateRecord, limit: Limit, policy: Policy, today: date) -> Check:
-    names = (candidate.candidate, candidate.requested)
-    for exempt in policy.exceptions:
-        if exempt.limit != limit.name or exempt.candidate not in names:
-            continue
-        if today > exempt.expires:
-            return Check(
-                name=found.name,
-                verdict=found.verdict,
-                reason=f"{found.reason} The exception for it ended on {exempt.expires}.",
-                needs=found.needs,
-            )
-        return Check(
-            name=found.name,
-            verdict=Verdict.NON_INFERIOR,
-            reason=f"{found.reason} Excepted until {exempt.expires}: {exempt.reason}",
-        )
-    return found
+def _excepted(breach: Check, allowed: Sequence[Exemption], today: date) -> Check:
+    """The breach as the exception that lasts longest leaves it."""
+    if not allowed:
+        return breach
+    last = max(allowed, key=lambda exempt: exempt.expires)
+    if today > last.expires:
+        return replace(breach, reason=f"{breach.reason} The exception for it ended on {last.expires}.")
+    said = f"{breach.reason} Excepted until {last.expires}: {last.reason}"
+    return Check(name=breach.name, verdict=Verdict.NON_INFERIOR, reason=said)
 
 
 def _matches(record: Record, wanted: dict[str, Any]) -> bool:

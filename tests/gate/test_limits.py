@@ -8,16 +8,25 @@ import pytest
 from evalkit.errors import InputError
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.limits import check_limits
-from evalkit.gate.policy import Limit, Policy
+from evalkit.gate.policy import Exemption, Limit, Policy
 from evalkit.gate.words import Check, Verdict
 from evalkit.records import LayerRecord
+
+TODAY = date(2026, 1, 1)
+L2 = Limit(name="l2", figure="layer.relative_l2", where={"rung": "total"}, at_most=0.01)
+
+
+def until(day: date, reason: str = "a fix is under way", **changes: str) -> Exemption:
+    return Exemption(
+        **({"candidate": "fp8_ds_mla", "limit": "l2", "expires": day, "reason": reason} | changes)
+    )
 
 
 def check(run: Path, policy: Policy) -> Check:
     evidence = Evidence.read(run)
     candidate = evidence.find("fp8_ds_mla")
     assert candidate is not None
-    (found,) = check_limits(evidence.records, candidate, policy, date(2026, 1, 1))
+    (found,) = check_limits(evidence.records, candidate, policy, TODAY)
     return found
 
 
@@ -38,6 +47,60 @@ def test_a_figure_without_a_value_does_not_pass(
     found = check(make_run(layers=(0.02, {"sqnr_db": None})), with_policy(limits=(limit,)))
     assert found.verdict is Verdict.INCONCLUSIVE
     assert "has no value in 4 of 4 records" in found.reason
+
+
+def test_an_exception_excuses_a_breach_up_to_its_last_day(
+    make_run: Callable[..., Path], with_policy: Callable[..., Policy]
+):
+    run = make_run()
+    for day, verdict in ((TODAY, Verdict.NON_INFERIOR), (date(2025, 12, 31), Verdict.INCONCLUSIVE)):
+        found = check(run, with_policy(limits=(L2,), exceptions=(until(day),)))
+        assert found.verdict is verdict
+        assert str(day) in found.reason
+        assert "layer.relative_l2 is 0.02 at layer 0" in found.reason
+
+
+def test_an_exception_that_ended_hides_none_that_has_not(
+    make_run: Callable[..., Path], with_policy: Callable[..., Policy]
+):
+    """An exception is renewed by an entry more."""
+    run, ended, lasting = make_run(), until(date(2025, 1, 1)), until(date(2027, 1, 1), "renewed")
+    for entries in ((ended, lasting), (lasting, ended)):
+        found = check(run, with_policy(limits=(L2,), exceptions=entries))
+        assert found.verdict is Verdict.NON_INFERIOR
+        assert "Excepted until 2027-01-01: renewed" in found.reason
+
+
+def test_an_exception_is_for_one_candidate_and_one_limit(
+    make_run: Callable[..., Path], with_policy: Callable[..., Policy]
+):
+    run, later = make_run(), date(2027, 1, 1)
+    for entry in (until(later, candidate="bf16"), until(later, limit="another")):
+        found = check(run, with_policy(limits=(L2,), exceptions=(entry,)))
+        assert found.verdict is Verdict.INCONCLUSIVE
+        assert "xcept" not in found.reason
+
+
+@pytest.mark.parametrize(
+    ("limit", "layers", "said"),
+    [
+        (replace(L2, figure="range.saturated_share", where={}), {}, "was not recorded for this candidate"),
+        (replace(L2, figure="layer.sqnr_db"), {"sqnr_db": None}, "has no value in 2 of 2 records"),
+    ],
+)
+def test_an_exception_excuses_no_figure_that_was_not_recorded(
+    make_run: Callable[..., Path],
+    with_policy: Callable[..., Policy],
+    limit: Limit,
+    layers: dict[str, None],
+    said: str,
+):
+    found = check(
+        make_run(layers=(0.02, layers)), with_policy(limits=(limit,), exceptions=(until(date(2027, 1, 1)),))
+    )
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert said in found.reason
+    assert found.needs
 
 
 def test_a_word_that_no_record_holds_is_refused(
