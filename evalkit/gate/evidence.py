@@ -1,5 +1,7 @@
 """What a run left behind, as the checks ask for it."""
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,9 +55,14 @@ class Evidence:
 
     @property
     def policy_sha256(self) -> str | None:
-        """Hash of the policy that was stored before anything was scored."""
-        stored = only(self.records, PolicyRecord)
-        return stored[0].sha256 if stored else None
+        """Hash of the policy that was stored before the first stage ended; None where its text is not of that hash."""
+        ended = next(
+            (place for place, r in enumerate(self.records) if isinstance(r, StageRecord)), len(self.records)
+        )
+        stored = only(self.records[:ended], PolicyRecord)
+        if not stored or hashlib.sha256(stored[0].text.encode()).hexdigest() != stored[0].sha256:
+            return None
+        return stored[0].sha256
 
     @property
     def documents(self) -> int | None:
@@ -65,6 +72,11 @@ class Evidence:
     @cached_property
     def candidates(self) -> list[CandidateRecord]:
         return only(self.records, CandidateRecord)
+
+    @property
+    def lead(self) -> str:
+        """The bf16 that every run begins with: it alone has a control, and damage planted into it."""
+        return self.candidates[0].candidate if self.candidates else ""
 
     @cached_property
     def stages(self) -> set[str]:
@@ -76,28 +88,40 @@ class Evidence:
 
     def scored(self, arm: str, endpoint: PrimaryEndpoint) -> list[SampleRecord]:
         """An arm's samples of one endpoint."""
+        return self._scored.get((arm, endpoint.task, endpoint.metric, endpoint.filter), [])
+
+    def tasks(self, arm: str, endpoint: PrimaryEndpoint) -> list[TaskRecord]:
+        """What was recorded of an arm's endpoint: one, where nothing was changed."""
         wanted = (arm, endpoint.task, endpoint.metric, endpoint.filter)
-        return [s for s in self.samples if (s.candidate, s.task, s.metric, s.filter) == wanted]
+        return [
+            r for r in only(self.records, TaskRecord) if (r.candidate, r.task, r.metric, r.filter) == wanted
+        ]
 
     def task(self, arm: str, endpoint: PrimaryEndpoint) -> TaskRecord | None:
-        wanted = (arm, endpoint.task, endpoint.metric, endpoint.filter)
-        found = (
-            r for r in only(self.records, TaskRecord) if (r.candidate, r.task, r.metric, r.filter) == wanted
-        )
-        return next(found, None)
+        return next(iter(self.tasks(arm, endpoint)), None)
 
     def control(self, baseline: str) -> str | None:
         """The arm that is the baseline once more, in batches of another size."""
-        return self._arm(f"{baseline}, batches of ")
+        return next((arm for arm in self._arms if arm.startswith(f"{baseline}, batches of ")), None)
 
-    def damaged(self, noise: float) -> tuple[str, str]:
-        """The baseline that damage of this size was planted into, and its arm; two empty names where there is none."""
-        arms = {s.candidate for s in self.samples}
-        planted = ((c.candidate, damage_arm(c.candidate, noise)) for c in self.candidates)
-        return next(((whole, arm) for whole, arm in planted if arm in arms), ("", ""))
+    def damaged(self, baseline: str, noise: float) -> tuple[str, str]:
+        """The baseline with damage of this size, and its arm: itself, else the run's lead; empty names where neither has.
 
-    def _arm(self, start: str) -> str | None:
-        return next((s.candidate for s in self.samples if s.candidate.startswith(start)), None)
+        Damage is planted into the lead alone: what it shows of the documents holds for an incumbent on them too.
+        """
+        planted = ((whole, damage_arm(whole, noise)) for whole in (baseline, self.lead))
+        return next(((whole, arm) for whole, arm in planted if arm in self._arms), ("", ""))
+
+    @cached_property
+    def _arms(self) -> list[str]:
+        return list(dict.fromkeys(arm for arm, *_ in self._scored))
+
+    @cached_property
+    def _scored(self) -> dict[tuple[str, str, str, str], list[SampleRecord]]:
+        found: dict[tuple[str, str, str, str], list[SampleRecord]] = defaultdict(list)
+        for s in self.samples:
+            found[s.candidate, s.task, s.metric, s.filter].append(s)
+        return dict(found)
 
 
 def damage_arm(baseline: str, noise: float) -> str:

@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 
 from evalkit.gate.evidence import Evidence
-from evalkit.gate.policy import Policy
+from evalkit.gate.policy import Policy, PrimaryEndpoint
 from evalkit.gate.words import Check, Verdict
 from evalkit.records import CandidateRecord
 
 # Other differences between two runs are noted and decide nothing.
 DECIDING = ("checkpoint_sha256", "gpu", "dtype", "flags")
 NOTED = ("commit", "python", "packages")
-SAME_SETTINGS = {"profile": True, "engine": True, "batch_size": False}  # and whether it decides
+# And whether it decides: documents depend on their number and on the seed.
+SAME_SETTINGS = {"profile": True, "engine": True, "seed": True, "task_documents": True, "batch_size": False}
+SAME_DOCUMENTS = "The same task, documents and task files in both runs."
 EARLIER = {"engine": "native"}  # what runs did before a setting was written down
 
 
@@ -24,12 +26,8 @@ def check_scope(run: Evidence, candidate: CandidateRecord, policy: Policy) -> Ch
         not in scope.checkpoints.values(),
         f"its ranges were given by profile {profile}": profile not in scope.profiles,
         f"{gpu} is not listed": not gpu.startswith(scope.gpus),
-        f"kernel {candidate.kernel!r} is not listed": not candidate.kernel.startswith(scope.kernels),
-        f"{candidate.heads} heads on one GPU are not listed": candidate.heads not in scope.heads,
-        "the kernel is modelled, not run": candidate.kernel.startswith("modelled"),
-        "rows were decoded for a bf16 kernel": candidate.read == "decoded",
     }
-    reasons = [reason for reason, applies in outside.items() if applies]
+    reasons = [*(reason for reason, applies in outside.items() if applies), *_unlisted(candidate, policy)]
     if not reasons:
         return Check(
             name="scope",
@@ -42,6 +40,34 @@ def check_scope(run: Evidence, candidate: CandidateRecord, policy: Policy) -> Ch
         reason=f"The policy does not reach here: {'; '.join(reasons)}.",
         needs="A run within the policy's scope.",
     )
+
+
+def check_baseline_scope(baseline: CandidateRecord, policy: Policy, place: str = "") -> Check:
+    """What a candidate is compared with ran where the policy reaches, too; `place` names another run."""
+    name, reasons = f"scope: {baseline.candidate}{place}", _unlisted(baseline, policy)
+    if not reasons:
+        return Check(
+            name=name,
+            verdict=Verdict.NON_INFERIOR,
+            reason=f"{baseline.candidate}{place}: {baseline.kernel}, {baseline.heads} heads.",
+        )
+    return Check(
+        name=name,
+        verdict=Verdict.INCONCLUSIVE,
+        reason=f"The policy does not reach the baseline {baseline.candidate}{place}: {'; '.join(reasons)}.",
+        needs="A baseline within the policy's scope.",
+    )
+
+
+def _unlisted(candidate: CandidateRecord, policy: Policy) -> list[str]:
+    scope = policy.scope
+    outside = {
+        f"kernel {candidate.kernel!r} is not listed": not candidate.kernel.startswith(scope.kernels),
+        f"{candidate.heads} heads on one GPU are not listed": candidate.heads not in scope.heads,
+        "the kernel is modelled, not run": candidate.kernel.startswith("modelled"),
+        "rows were decoded for a bf16 kernel": candidate.read == "decoded",
+    }
+    return [reason for reason, applies in outside.items() if applies]
 
 
 def differences(run: Evidence, other: Evidence) -> Iterator[tuple[str, bool]]:
@@ -75,11 +101,31 @@ def check_comparable(run: Evidence, other: Evidence) -> Check:
             name="comparable",
             verdict=Verdict.INCONCLUSIVE,
             reason=f"{other.path.name} differs in more than the candidate: {noted}.",
-            needs="Two runs of one checkpoint, dtype, GPU and engine.",
+            needs="Two runs of one checkpoint, dtype, GPU, engine, seed and number of documents.",
         )
     return Check(
         name="comparable",
         verdict=Verdict.NON_INFERIOR,
         reason=f"{other.path.name} is of the same checkpoint, dtype and GPU"
         + (f"; it differs in {noted}." if noted else "."),
+    )
+
+
+def other_documents(
+    run: Evidence, name: str, other: Evidence, theirs: str, endpoint: PrimaryEndpoint
+) -> str | None:
+    """Why the documents that two arms of two runs were asked are not the same; None where they are."""
+    here, there = (
+        {s.doc_id: (s.prompt_sha256, s.target_sha256) for s in place.scored(arm, endpoint)}
+        for place, arm in ((run, name), (other, theirs))
+    )
+    every = {**here, **there}
+    apart = sorted(document for document in every if here.get(document) != there.get(document))
+    if not here or not there:
+        return f"{name if not here else theirs} has no samples of it."
+    if not apart:
+        return None
+    return (
+        f"{len(apart)} of {len(every)} documents are not the same in {other.path.name}, the first is "
+        f"document {apart[0]}."
     )

@@ -7,6 +7,7 @@ from evalkit.gate.evidence import Evidence
 from evalkit.gate.policy import Policy, PrimaryEndpoint
 from evalkit.gate.words import Check, Verdict
 from evalkit.stats.intervals import wilson
+from evalkit.stats.paired import PairingError
 
 LEAST_SCORE, MOST_SCORE = 0.20, 0.98
 
@@ -26,20 +27,25 @@ def check_baseline(baseline: str, endpoint: PrimaryEndpoint, outcome: Outcome, p
     return Check(name=name, verdict=Verdict.INCONCLUSIVE, reason=reason, needs=needs)
 
 
-def check_damage(run: Evidence, endpoint: PrimaryEndpoint, policy: Policy) -> Check:
-    """Planted damage is found lower, and is no larger than the policy says it is to be."""
+def check_damage(run: Evidence, baseline: str, endpoint: PrimaryEndpoint, policy: Policy) -> Check:
+    """Damage planted into the baseline is found lower, and is no larger than the policy says it is to be.
+
+    Raises:
+        PairingError: samples do not pair one to one.
+    """
     name, dose = f"sensitivity: {endpoint}", policy.damage
-    whole, arm = run.damaged(policy.damage.noise)
+    whole, arm = run.damaged(baseline, dose.noise)
     before, planted = run.scored(whole, endpoint), run.scored(arm, endpoint)
-    if not planted:
+    if not planted or f"tasks {arm}" not in run.stages:
         return Check(
             name=name,
             verdict=Verdict.INCONCLUSIVE,
-            reason="No damage was planted, so nothing shows that a loss would be seen on these documents.",
+            reason=f"No damage was planted into {run.lead}, so nothing shows that a loss would be seen on these documents.",
             needs="A run with --policy, which plants it.",
         )
     found = compare(before, planted, endpoint, policy)
-    said = f"Planted damage ({dose.noise:g} of a value) cost {100 * found.loss:.1f} points"
+    of = "" if whole == baseline else f" of {whole}"
+    said = f"Planted damage ({dose.noise:g} of a value{of}) cost {100 * found.loss:.1f} points"
     if found.loss > dose.loss_at_most:
         return Check(
             name=name,
@@ -59,6 +65,51 @@ def check_damage(run: Evidence, endpoint: PrimaryEndpoint, policy: Policy) -> Ch
         verdict=Verdict.NON_INFERIOR,
         reason=f"{said} and was found lower (p = {found.p_lower:.2g}).",
     )
+
+
+def check_control(run: Evidence, baseline: str, endpoint: PrimaryEndpoint, policy: Policy) -> Check:
+    """The baseline once more, in other batches, scores what it scored; every run has that arm of its lead."""
+    name, arm = f"control: {endpoint}", run.control(baseline)
+    if arm is None and baseline != run.lead:
+        return Check(
+            name=name,
+            verdict=Verdict.NON_INFERIOR,
+            reason=f"{baseline} has no control, which a run has of its first bf16 alone, {run.lead}: this decides nothing.",
+        )
+    again = [] if arm is None else run.scored(arm, endpoint)
+    if not again or f"tasks {arm}" not in run.stages:
+        return Check(
+            name=name,
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"{baseline} was not scored a second time, in other batches, so nothing shows that it agrees with itself.",
+            needs="A run of the tasks with that arm, or `evalkit run --resume`.",
+        )
+    try:
+        found = compare(run.scored(baseline, endpoint), again, endpoint, policy)
+    except PairingError as error:
+        return Check(
+            name=name,
+            verdict=Verdict.ANOMALOUS,
+            reason=f"Samples of {arm} do not pair with {baseline}'s: {error}.",
+            needs="The same documents, each once, in both arms.",
+        )
+    said = f"{baseline} in other batches loses {100 * found.loss:+.1f} points against itself"
+    if min(found.p_worse, found.p_gain) <= policy.alpha:
+        return Check(
+            name=name,
+            verdict=Verdict.ANOMALOUS,
+            reason=f"{said}, beyond the margin of {100 * endpoint.margin:g}.",
+            needs="A baseline that agrees with itself.",
+        )
+    # Too few graded documents differ for an interval where it agrees.
+    if found.unusable and not abs(found.loss) <= endpoint.margin:
+        return Check(
+            name=name,
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"{said}, beyond the margin of {100 * endpoint.margin:g}, and no interval: {found.unusable}.",
+            needs="More documents.",
+        )
+    return Check(name=name, verdict=Verdict.NON_INFERIOR, reason=f"{said}.")
 
 
 def check_coverage(

@@ -4,24 +4,23 @@ ANOMALOUS precedes WORSE, that INCONCLUSIVE, that NON-INFERIOR: a candidate's ve
 checks has. Reads records only, so that any run can be judged again without a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
 
 from evalkit.gate import integrity
-from evalkit.gate.endpoints import compare
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.limits import check_limits
 from evalkit.gate.losses import Compared, check_losses
+from evalkit.gate.pairs import compare_with
 from evalkit.gate.policy import Policy
-from evalkit.gate.scope import check_comparable, check_scope, comparable
-from evalkit.gate.sensitivity import check_baseline, check_coverage, check_damage
+from evalkit.gate.scope import check_comparable, check_scope
+from evalkit.gate.sensitivity import check_coverage
 from evalkit.gate.starts import check_starts
 from evalkit.gate.versions import check_itself
 from evalkit.gate.words import Check, Verdict, overall
-from evalkit.records import CandidateRecord, RunDirectory, VerdictRecord, last_judgement, only
-from evalkit.stats.paired import PairingError
+from evalkit.records import CandidateRecord, RunDirectory, StageRecord, VerdictRecord, last_judgement, only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,24 +70,25 @@ def judge(run: Path, policy: Policy, against: Path | None = None, today: date | 
     Args:
         run: a run directory.
         policy: what to judge by.
-        against: another run, to take the baselines' samples from, and to compare each candidate with itself.
+        against: another run: its baselines are compared with as well as this run's own, and each candidate with itself.
+            It can only add a reason to refuse where this run has the policy's baselines.
         today: for exceptions that end; by default this day, UTC.
 
     Raises:
         InputError: a run cannot be read, or the policy selects records by what none of them has.
     """
     here = Evidence.read(run)
-    there = here if against is None else Evidence.read(against)
+    there = None if against is None else Evidence.read(against)
     day = today or datetime.now(UTC).date()
     return Judgement(
         policy=policy,
         candidates=tuple(_judge(here, there, name, policy, day) for name in policy.decide),
         post_hoc=here.policy_sha256 != policy.sha256,
-        against=None if against is None else there.path.name,
+        against=None if there is None else there.path.name,
     )
 
 
-def _judge(run: Evidence, other: Evidence, name: str, policy: Policy, today: date) -> Judged:
+def _judge(run: Evidence, other: Evidence | None, name: str, policy: Policy, today: date) -> Judged:
     candidate = run.find(name)
     if candidate is None:
         missing = Check(
@@ -102,92 +102,49 @@ def _judge(run: Evidence, other: Evidence, name: str, policy: Policy, today: dat
 
 
 def _checks(
-    run: Evidence, other: Evidence, candidate: CandidateRecord, policy: Policy, today: date
+    run: Evidence, other: Evidence | None, candidate: CandidateRecord, policy: Policy, today: date
 ) -> Iterator[Check]:
+    places = [run] if other is None else [run, other]
     yield check_scope(run, candidate, policy)
-    if other is not run:
+    if other is not None:
         yield check_comparable(run, other)
-    baselines = []
-    for name in policy.baselines:
-        found = other.find(name)
-        if found is not None:
-            baselines.append(found)
-            continue
-        yield Check(
-            name=f"baseline {name}",
-            verdict=Verdict.INCONCLUSIVE,
-            reason=f"The baseline {name} is not in {other.path.name}.",
-            needs="A run with it among its candidates.",
-        )
-    yield from integrity.layer_checks(run, candidate, [b for b in baselines if run.find(b.candidate)])
+    found = {id(place): [b for n in policy.baselines if (b := place.find(n))] for place in places}
+    yield from integrity.layer_checks(run, candidate, found[id(run)])
     yield from check_limits(run.records, candidate, policy, today)
+    scored = f"tasks {candidate.candidate}" in run.stages
     for endpoint in policy.endpoints:
         yield from check_coverage(run, candidate.candidate, endpoint, policy)
         yield from check_starts(run, candidate.candidate, endpoint)
-    compared: list[Compared] = []
-    for baseline in baselines:
-        yield from _compare(run, other, candidate, baseline, policy, compared)
-    yield from check_losses(compared, policy)
-    if other is not run:
+        if scored:
+            yield from integrity.sample_checks(run, candidate.candidate, endpoint, policy)
+    for name in policy.baselines:
+        yield from _missing(name, candidate, places)
+    for place in places:
+        # Apart, so that what another run adds does not weaken Holm's adjustment of what this one shows.
+        compared: list[Compared] = []
+        for baseline in found[id(place)]:
+            yield from compare_with(run, place, candidate, baseline, policy, compared)
+        yield from check_losses(compared, policy)
+    if other is not None:
         yield from check_itself(run, other, candidate, policy)
 
 
-def _compare(
-    run: Evidence,
-    other: Evidence,
-    candidate: CandidateRecord,
-    baseline: CandidateRecord,
-    policy: Policy,
-    compared: list[Compared],
-) -> Iterator[Check]:
-    """Pair every endpoint's samples into `compared`; yields what their completeness and sensitivity show."""
-    control = other.control(baseline.candidate)
-    for endpoint in policy.endpoints:
-        before, after = other.scored(baseline.candidate, endpoint), run.scored(candidate.candidate, endpoint)
-        unfinished = [
-            arm
-            for place, arm in ((other, baseline.candidate), (run, candidate.candidate))
-            if f"tasks {arm}" not in place.stages
-        ]
-        if unfinished:
-            yield Check(
-                name=f"samples: {endpoint}",
-                verdict=Verdict.INCONCLUSIVE,
-                reason=f"Tasks were not scored to their end for {', '.join(unfinished)}.",
-                needs="A run of the tasks, or `evalkit run --resume`.",
-            )
-            continue
-        arms = (baseline.candidate, candidate.candidate)
-        yield from integrity.sample_checks(run, arms, (before, after), endpoint, policy)
-        try:
-            outcome = compare(before, after, endpoint, policy)
-            again = (
-                None
-                if control is None
-                else compare(before, other.scored(control, endpoint), endpoint, policy)
-            )
-            sensitive = check_damage(other, endpoint, policy)
-        except PairingError as error:
-            yield Check(
-                name=f"samples: {endpoint}",
-                verdict=Verdict.ANOMALOUS,
-                reason=f"Samples of the arms do not pair: {error}.",
-                needs="The same documents, each once, in both arms.",
-            )
-            continue
-        if again is not None and again.p_worse <= policy.alpha:
-            yield Check(
-                name=f"control: {endpoint}",
-                verdict=Verdict.ANOMALOUS,
-                reason=f"{baseline.candidate} in other batches loses {100 * again.loss:+.1f} points against itself, above the margin.",
-                needs="A baseline that agrees with itself.",
-            )
-        in_range = check_baseline(baseline.candidate, endpoint, outcome, policy)
-        yield in_range
-        yield sensitive
-        counts = comparable(run, other) and in_range.verdict is sensitive.verdict is Verdict.NON_INFERIOR
-        compared.append(
-            Compared(endpoint=endpoint, baseline=baseline.candidate, outcome=outcome, counts=counts)
+def _missing(name: str, candidate: CandidateRecord, places: Sequence[Evidence]) -> Iterator[Check]:
+    """A baseline is needed of another run where there is one, and may be in this one, too."""
+    baseline = places[-1].find(name)
+    if baseline is None:
+        yield Check(
+            name=f"baseline {name}",
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"The baseline {name} is not in {places[-1].path.name}.",
+            needs="A run with it among its candidates.",
+        )
+    elif any(b is not None and b.candidate == candidate.candidate for b in (p.find(name) for p in places)):
+        yield Check(
+            name=f"baseline {name}",
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"The baseline {name} is the candidate itself, {candidate.candidate}: it cannot lose against itself.",
+            needs="A policy whose baselines are other candidates.",
         )
 
 
@@ -220,15 +177,20 @@ def verdict_records(judgement: Judgement, now: datetime) -> list[VerdictRecord]:
 
 
 def store(run: Path, judgement: Judgement) -> None:
-    """Append a judgement to the run, unless it says what the last one said."""
-    directory, records = RunDirectory(run), verdict_records(judgement, datetime.now(UTC))
-    earlier = directory.read()
-    if [_said(r) for r in last_judgement(earlier)] == [_said(r) for r in records]:
-        return
-    judged = len({r.judged_utc for r in only(earlier, VerdictRecord)})
-    with directory.stage(f"gate {judged + 1}") as write:
-        for record in records:
-            write.write(record)
+    """Append a judgement to the run, unless it says what the last one said.
+
+    Raises:
+        OSError: the run cannot be written to.
+    """
+    directory = RunDirectory(run)
+    with directory.alone():  # two gates of one run judge one after the other, each by a number of its own
+        earlier, records = directory.read(), verdict_records(judgement, datetime.now(UTC))
+        if [_said(r) for r in last_judgement(earlier)] == [_said(r) for r in records]:
+            return
+        gates = sum(record.stage.startswith("gate ") for record in only(earlier, StageRecord))
+        with directory.stage(f"gate {gates + 1}") as write:
+            for record in records:
+                write.write(record)
 
 
 def _said(record: VerdictRecord) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ from evalkit.gate.endpoints import compare
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.losses import Compared, check_losses
 from evalkit.gate.policy import Policy, PrimaryEndpoint
-from evalkit.gate.scope import comparable
+from evalkit.gate.scope import SAME_DOCUMENTS, comparable, other_documents
 from evalkit.gate.sensitivity import check_baseline, check_damage
 from evalkit.gate.words import Check, Verdict
 from evalkit.records import CandidateRecord
@@ -48,9 +48,14 @@ def check_itself(
         return
     compared: list[Compared] = []
     for endpoint in policy.endpoints:
-        asked = _asked(run, other, candidate.candidate, endpoint)
-        if asked is not None:
-            yield asked
+        apart = other_documents(run, candidate.candidate, other, candidate.candidate, endpoint)
+        if apart is not None:
+            yield Check(
+                name=f"version: {endpoint}",
+                verdict=Verdict.INCONCLUSIVE,
+                reason=apart,
+                needs=SAME_DOCUMENTS,
+            )
             continue
         yield from _pair(run, other, candidate.candidate, endpoint, policy, compared)
     yield from check_losses(compared, policy)
@@ -72,28 +77,6 @@ def _version(other: Evidence, candidate: CandidateRecord, theirs: CandidateRecor
     )
 
 
-def _asked(run: Evidence, other: Evidence, name: str, endpoint: PrimaryEndpoint) -> Check | None:
-    """Why the documents of the two runs are not the same; None where they are."""
-    here, there = (
-        {s.doc_id: (s.prompt_sha256, s.target_sha256) for s in place.scored(name, endpoint)}
-        for place in (run, other)
-    )
-    apart = sorted(document for document in {**here, **there} if here.get(document) != there.get(document))
-    if here and there and not apart:
-        return None
-    return Check(
-        name=f"version: {endpoint}",
-        verdict=Verdict.INCONCLUSIVE,
-        reason=(
-            f"{len(apart)} of {len({**here, **there})} documents are not the same in {other.path.name}, the first is "
-            f"document {apart[0]}."
-            if apart
-            else f"{name} has no samples of it."
-        ),
-        needs="The same task, documents and task files in both runs.",
-    )
-
-
 def _pair(
     run: Evidence,
     other: Evidence,
@@ -105,7 +88,7 @@ def _pair(
     before, after = other.scored(name, endpoint), run.scored(name, endpoint)
     try:
         outcome = replace(compare(before, after, endpoint, policy), p_gain=1.0)
-        sensitive = check_damage(other, endpoint, policy)
+        sensitive = check_damage(other, name, endpoint, policy)
     except PairingError as error:
         yield Check(
             name=f"version: {endpoint}",

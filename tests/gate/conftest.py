@@ -1,8 +1,9 @@
 """Runs made of records alone: one endpoint, a baseline, one candidate, a control pair and planted damage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from evalkit.records import (
     CandidateRecord,
     EnvironmentRecord,
     PolicyRecord,
+    Record,
     RunDirectory,
     SampleRecord,
     TaskRecord,
@@ -59,6 +61,20 @@ def scores(right: int, lost: int = 0, gained: int = 0, n: int = DOCUMENTS) -> li
     return [float(lost <= i < right or right <= i < right + gained) for i in range(n)]
 
 
+def recounted(before: dict[int, float], after: dict[int, float]) -> dict[str, Any]:
+    """What a run records of these scores by document."""
+    pairs = [(before[document], score) for document, score in after.items() if document in before]
+    binary = {*before.values(), *after.values()} <= {0.0, 1.0}
+    return {
+        "n": len(after),
+        "score": fmean(after.values()),
+        "baseline_score": fmean(before.values()) if before else 0.0,
+        "loss": fmean(b - a for b, a in pairs) if pairs else 0.0,
+        "lost": sum(b > a for b, a in pairs) if binary else None,
+        "gained": sum(b < a for b, a in pairs) if binary else None,
+    }
+
+
 Answers = dict[str, list[float]]
 
 
@@ -66,8 +82,9 @@ Answers = dict[str, list[float]]
 def make_run(tmp_path: Path, policy: Policy) -> Callable[..., Path]:
     """`make_run(lost=, gained=, …)`: a finished run under `policy`, sound but for what is changed.
 
-    environment, candidate, task: changes of those records; answers: by arm, in place of its own; sample: changes a
-    SampleRecord, or drops it with None; layers: (candidate's relative L2, its changes); stored: the policy it stored.
+    environment, candidate, baseline, task: changes of those records; answers: by arm, in place of its own; sample:
+    changes a SampleRecord, or drops it with None; layers: (candidate's relative L2, its changes); written: records that
+    are written with the layers; stored: the policy it stored.
     """
 
     def make(
@@ -77,22 +94,25 @@ def make_run(tmp_path: Path, policy: Policy) -> Callable[..., Path]:
         right: int = 320,
         environment: dict[str, Any] | None = None,
         candidate: dict[str, Any] | None = None,
+        baseline: dict[str, Any] | None = None,
         task: dict[str, Any] | None = None,
         answers: Answers | None = None,
         sample: Callable[[SampleRecord], SampleRecord | None] = lambda sample: sample,
         layers: tuple[float, dict[str, Any]] = (0.02, {}),
+        written: Sequence[Record] = (),
+        documents: int = DOCUMENTS,
         stored: Policy | None = policy,
         config: dict[str, Any] | None = None,
         name: str = "made-up",
     ) -> Path:
         arms = {
-            CONTROL: scores(right, 1, 1),
-            BASELINE: scores(right),
-            DAMAGED: scores(right, 40, 0),
-            CANDIDATE: scores(right, lost, gained),
+            CONTROL: scores(right, 1, 1, documents),
+            BASELINE: scores(right, n=documents),
+            DAMAGED: scores(right, 40, 0, documents),
+            CANDIDATE: scores(right, lost, gained, documents),
         } | (answers or {})
         made = RunDirectory.create(
-            tmp_path, name, {"task_documents": DOCUMENTS, "batch_size": 8, **(config or {})}, "evalkit run"
+            tmp_path, name, {"task_documents": documents, "batch_size": 8, **(config or {})}, "evalkit run"
         )
         with made.stage("environment") as write:
             write.write(
@@ -115,7 +135,7 @@ def make_run(tmp_path: Path, policy: Policy) -> Callable[..., Path]:
             )
             if stored is not None:
                 write.write(PolicyRecord(name=stored.name, sha256=stored.sha256, text=stored.to_json()))
-            for full, size, changes in ((BASELINE, 1152, {}), (CANDIDATE, 656, candidate or {})):
+            for full, size, changes in ((BASELINE, 1152, baseline or {}), (CANDIDATE, 656, candidate or {})):
                 format_ = full.partition("@")[0]
                 values = {
                     "format": format_,
@@ -137,7 +157,11 @@ def make_run(tmp_path: Path, policy: Policy) -> Callable[..., Path]:
                 write.write(layer_record(BASELINE, layer, 0.003))
                 write.write(layer_record(CANDIDATE, layer, relative_l2, **changes))
                 write.write(layer_record(CANDIDATE, layer, relative_l2, rung="format", **changes))
+            for record in written:
+                write.write(record)
+        kept_scores: dict[str, dict[int, float]] = {}
         for arm, answered in arms.items():
+            own = kept_scores.setdefault(arm, {})
             with made.stage(f"tasks {arm}") as write:
                 for doc_id, score in enumerate(answered):
                     kept = sample(
@@ -157,30 +181,27 @@ def make_run(tmp_path: Path, policy: Policy) -> Callable[..., Path]:
                     )
                     if kept is not None:
                         write.write(kept)
-                if arm in (BASELINE, CANDIDATE):
+                        own[doc_id] = kept.score
+                if own and arm in (BASELINE, CANDIDATE):
+                    paired_with = CONTROL if arm == BASELINE else BASELINE
+                    counted = recounted(kept_scores.get(paired_with, {}), own)
                     values = {
-                        "baseline": BASELINE,
+                        "baseline": paired_with,
                         "task": "needle",
                         "metric": "exact_match",
                         "filter": "answer",
-                        "n": DOCUMENTS,
-                        "score": 0.8,
                         "score_lower": 0.7,
                         "score_upper": 0.9,
-                        "baseline_score": 0.8,
-                        "loss": 0.0,
                         "loss_lower": -0.1,
                         "loss_upper": 0.1,
                         "interval_method": "tango",
-                        "lost": lost,
-                        "gained": gained,
                         "mcnemar_p": 1.0,
                         "wall_s": 36.0,
                         "mean_context_tokens": 4096.0,
                         "share_over_topk": 1.0,
                         "share_stored_rows": 1.0,
                     }
-                    write.write(TaskRecord(candidate=arm, **(values | (task or {}))))
+                    write.write(TaskRecord(candidate=arm, **(values | counted | (task or {}))))
         return made.path
 
     return make

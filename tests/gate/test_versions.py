@@ -10,7 +10,7 @@ from evalkit.gate.policy import Policy
 from evalkit.gate.verdict import judge
 from evalkit.gate.words import Check, Verdict
 from evalkit.records import SampleRecord
-from tests.gate.conftest import BASELINE, CANDIDATE, scores
+from tests.gate.conftest import BASELINE, CANDIDATE, CONTROL, DAMAGED, scores
 
 MakeRun = Callable[..., Path]
 
@@ -107,9 +107,69 @@ def test_another_checkpoint_or_gpu_decides_nothing(
     assert checks(new, policy, old)["comparable"].verdict is Verdict.INCONCLUSIVE
     assert judge(new, policy, against=old).verdict is Verdict.INCONCLUSIVE
     lost = make_run(name="lost", sample=lambda s: replace(s, score=0.0) if s.candidate == CANDIDATE else s)
-    same = make_run(name="same")
-    assert judge(lost, policy, against=same).verdict is Verdict.WORSE
-    assert judge(lost, policy, against=old).verdict is Verdict.INCONCLUSIVE
+    same, against = make_run(name="same"), "needle, exact_match (answer) against {}"
+    for there, verdict in ((same, Verdict.WORSE), (old, Verdict.INCONCLUSIVE)):
+        found = checks(lost, policy, there)
+        assert found[against.format(f"{BASELINE} in {there.name}")].verdict is verdict
+        assert found[ITSELF.format(there.name)].verdict is verdict
+        assert found[against.format(BASELINE)].verdict is Verdict.WORSE
+
+
+def test_another_run_only_adds_a_reason_to_refuse(make_run: MakeRun, policy: Policy):
+    """A weaker baseline of another commit would let any loss pass."""
+    weak = {BASELINE: scores(260), CONTROL: scores(260), DAMAGED: scores(260, 30), CANDIDATE: scores(260)}
+    here = make_run(60, 0, name="here")
+    there = make_run(name="there", stored=None, environment={"commit": "beef"}, answers=weak)
+    alone, both = judge(here, policy).candidates[0], judge(here, policy, against=there).candidates[0]
+    assert both.verdict is alone.verdict is Verdict.WORSE
+    said = {(check.name, check.verdict) for check in both.checks}
+    assert {(check.name, check.verdict) for check in alone.checks} <= said
+    added = f"needle, exact_match (answer) against {BASELINE} in {there.name}"
+    assert (added, Verdict.NON_INFERIOR) in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"right": 240, "documents": 300}, "task_documents: 300 there, 400 here"),
+        ({"config": {"seed": 2}}, "seed: 2 there, 1 here"),
+        (
+            {"sample": lambda s: replace(s, prompt_sha256="f" + s.prompt_sha256[1:])},
+            "400 of 400 documents are not the same",
+        ),
+    ],
+)
+def test_other_documents_decide_nothing(
+    make_run: MakeRun, policy: Policy, changes: dict[str, object], said: str
+):
+    """They are no anomaly: both runs are sound."""
+    here = make_run(name="here", config={"seed": 1})
+    there = make_run(name="there", **{"config": {"seed": 1}, **changes})
+    found = judge(here, policy, against=there).candidates[0]
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert said in " ".join(check.reason for check in found.deciding)
+    assert {check.verdict for check in found.checks} == {Verdict.INCONCLUSIVE, Verdict.NON_INFERIOR}
+
+
+def test_the_baselines_of_another_run_are_proved_there(make_run: MakeRun, policy: Policy):
+    there = make_run(name="there", baseline={"bytes_per_token_read_back": 656})
+    found = checks(make_run(name="here"), policy, there)
+    assert found[f"rows read back: {BASELINE}"].verdict is Verdict.NON_INFERIOR
+    broken = found[f"rows read back: {BASELINE} in {there.name}"]
+    assert broken.verdict is Verdict.ANOMALOUS
+    assert "A token changed 656 bytes" in broken.reason
+
+
+def test_a_baseline_that_this_run_lacks_is_taken_from_the_other(
+    make_run: MakeRun, with_policy: Callable[..., Policy]
+):
+    asked = with_policy(baselines=("bf16@incumbent",))
+    there = make_run(name="there", baseline={"requested": "bf16@incumbent"})
+    here = make_run(name="here", stored=asked)
+    assert judge(here, asked).verdict is Verdict.INCONCLUSIVE
+    found = judge(here, asked, against=there)
+    assert found.verdict is Verdict.NON_INFERIOR
+    assert not [c for c in found.candidates[0].checks if c.name.endswith(f"against {BASELINE}")]
 
 
 def test_a_candidate_whose_tasks_there_were_stopped_decides_nothing(make_run: MakeRun, policy: Policy):
