@@ -35,10 +35,7 @@ def arms_of(
     size = max(1, min(batch_size, documents) // 2)  # of what is decoded together, documents permitting
     control = Arm(name=f"{baseline}, batches of {size}", candidate=baseline, batch_size=size)
     first = Arm(name=str(baseline), candidate=baseline, batch_size=batch_size, start=1, shows_layers=True)
-    found = [
-        control,
-        replace(first, against=control.name),
-    ]
+    found = [control, replace(first, against=control.name)]
     if damage is not None:
         name = damage_arm(str(baseline), damage)
         found.append(Arm(name=name, candidate=baseline, batch_size=batch_size, damage=damage))
@@ -48,14 +45,11 @@ def arms_of(
 def starts_of(arms: Sequence[Arm], starts: int) -> list[Arm]:
     """What begins afresh for each candidate, from the second start on; each is paired with the first."""
     own = [arm for arm in arms if arm.start == 1]
-    return [
-        replace(
-            arm,
-            name=f"{arm.name}, start {start}",
-            against=arm.name,
-            start=start,
-            shows_layers=start == 2 and arm is own[0],  # a floor: the baseline once more
-        )
-        for start in range(2, starts + 1)
-        for arm in own
-    ]
+    found = []
+    for start in range(2, starts + 1):
+        for arm in own:
+            # A floor: the baseline once more.
+            shows = start == 2 and arm is own[0]
+            name = f"{arm.name}, start {start}"
+            found.append(replace(arm, name=name, against=arm.name, start=start, shows_layers=shows))
+    return found

@@ -180,14 +180,8 @@ class NativeEngine:
         waiting = deque(
             groups([len(prompt.ids) - shared for prompt in prompts], count, self.max_length - shared, PARTS)
         )
-        decoder = Decoder(
-            self.model,
-            self._new_cache(),
-            count,
-            columns,
-            prompts[0].ids[:shared],
-            self._graphs,
-        )
+        begins = prompts[0].ids[:shared]
+        decoder = Decoder(self.model, self._new_cache(), count, columns, begins, self._graphs)
         stops = self._stops()
         free, busy, fresh = list(range(count)), dict[int, _Writing](), set[int]()
         while waiting or busy:

@@ -44,11 +44,11 @@ class EndpointScorer(Served):
 
     def longest(self, most: int) -> int:
         """Of the server that holds least; each has to be there by now."""
+        wanted = self.config.max_length
         with TemporaryDirectory() as folder:
-            return min(
-                EndpointEngine(url, self.checkpoint, Path(folder, str(place)), max_length=self.config.max_length).max_length
-                for place, url in enumerate(self.config.endpoint)
-            )  # fmt: skip
+            folders = ((url, Path(folder, str(place))) for place, url in enumerate(self.config.endpoint))
+            made = (EndpointEngine(url, self.checkpoint, own, max_length=wanted) for url, own in folders)
+            return min(engine.max_length for engine in made)
 
     def resolve(self, candidate: Candidate) -> Candidate:
         backend = "endpoint" if candidate.backend == BEST else candidate.backend
