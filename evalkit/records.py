@@ -11,7 +11,8 @@ A run proceeds in stages, and a stage counts whole or not at all. Its records go
 ends, its samples are merged into samples/ and then records.jsonl is replaced by itself plus the stage's records
 plus one `StageRecord`. That replacement is the only commit: a run killed before it has lost the stage and nothing
 else, and `done(stage)` says where to go on. A stage that keeps its own state (the layers' does, layer by layer) may
-go on in its middle.
+go on in its middle. Several processes may end stages of one run, as a gate does beside a run: each waits for the lock
+of run.json, and a stage that one of them is writing is refused to the others.
 """
 
 import json
@@ -20,12 +21,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from evalkit.errors import InputError
+from evalkit.files import locked, write_whole
 from evalkit.schema import (
     SCHEMA,
     AnswerLengthRecord,
@@ -122,17 +124,17 @@ def read(run: Path) -> list[Record]:
         InputError: there is no such run, or a line is cut off, of an unknown schema or kind, or malformed.
     """
     path = run / "records.jsonl" if run.is_dir() else run
-    if not path.is_file():
-        raise InputError(f"no run at {run}: a run directory holds records.jsonl")
-    return list(_parse(path))
+    return [from_values(_values(line, where), where) for line, where in _lines(path)]
 
 
-def read_samples(run: Path) -> list[SampleRecord]:
-    """Every sample of a run directory, candidate by candidate."""
+def read_samples(run: Path, candidate: str | None = None) -> list[SampleRecord]:
+    """Every sample of a run directory, candidate by candidate; or those of one, from its own file."""
+    name = "*" if candidate is None else file_name(candidate)
     return [
         record
-        for path in sorted((run / "samples").glob("*.jsonl"))
+        for path in sorted((run / "samples").glob(f"{name}.jsonl"))
         for record in only(read(path), SampleRecord)
+        if candidate in (None, record.candidate)
     ]
 
 
@@ -180,12 +182,15 @@ class RunDirectory:
             raise InputError(f"no run at {path}: a run directory holds run.json") from None
         except OSError as error:
             raise InputError(f"{path / 'run.json'} cannot be read: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InputError(f"{path / 'run.json'} is not JSON: {error}") from None
         if not isinstance(self._run, dict) or self._run.get("schema") != SCHEMA:
             raise InputError(f"{path / 'run.json'} is not of schema {SCHEMA}, the one this version reads")
         if lacking := {"config", "command", "started_utc"} - self._run.keys():
             raise InputError(f"{path / 'run.json'} lacks {', '.join(sorted(lacking))}: it is not a run's")
+        if not isinstance(self._run["config"], dict):
+            raise InputError(f"{path / 'run.json'}: config is {self._run['config']!r}: an object is right")
+        self._alone = False
 
     @classmethod
     def create(cls, out: Path, name: str, config: dict[str, Any], command: str) -> Self:
@@ -242,7 +247,27 @@ class RunDirectory:
 
     def done(self, stage: str) -> bool:
         """Whether a stage has ended; its records are then all there."""
-        return any(record.stage == stage for record in only(self.read(), StageRecord))
+        # A run asks often, and checking every record takes a second where there are 20,000.
+        lines = (line for line in _lines(self.path / "records.jsonl") if '"stage"' in line[0])
+        ended = [from_values(_values(line, where), where) for line, where in lines]
+        return any(record.stage == stage for record in only(ended, StageRecord))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep every other process from ending a stage while the block lasts; reading takes no leave.
+
+        Raises:
+            OSError: the run cannot be written to.
+        """
+        if self._alone:
+            yield
+            return
+        with locked(self.path / "run.json"):
+            self._alone = True
+            try:
+                yield
+            finally:
+                self._alone = False
 
     @contextmanager
     def stage(self, name: str, goes_on_at: int | None = None) -> Iterator[RecordWriter]:
@@ -254,44 +279,55 @@ class RunDirectory:
                 one had done with, 0 where it begins. What is written then stays when the block ends in an error.
 
         Raises:
-            ValueError: the stage is done already.
+            InputError: the stage is done already, or another process is at it.
+            OSError: the run cannot be written to.
         """
-        if self.done(name):
-            raise ValueError(f"stage {name!r} of {self.path} is done already")
         pending = self.pending(name)
-        if goes_on_at:
-            os.truncate(pending, goes_on_at)
-        else:
-            pending.unlink(missing_ok=True)
-        began, ended = time.monotonic(), False
-        try:
-            with RecordWriter(pending) as writer:
-                yield writer
-            self._commit(list(_parse(pending)), StageRecord(stage=name, wall_s=time.monotonic() - began))
-            ended = True
-        finally:
-            if ended or goes_on_at is None:
-                pending.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(pending, wait=False))
+            except BlockingIOError:
+                raise InputError(
+                    f"{self.path}: another process is writing its stage {name!r}: wait for it, or end it"
+                ) from None
+            if self.done(name):
+                pending.unlink()
+                raise InputError(f"stage {name!r} of {self.path} is done already")
+            os.truncate(pending, goes_on_at or 0)
+            began, ended = time.monotonic(), False
+            try:
+                with RecordWriter(pending) as writer:
+                    yield writer
+                self._commit(read(pending), StageRecord(stage=name, wall_s=time.monotonic() - began))
+                ended = True
+            finally:
+                if ended or goes_on_at is None:
+                    pending.unlink(missing_ok=True)
 
     def pending(self, stage: str) -> Path:
         """Where the records of a stage lie until it ends."""
         return self.path / f"{file_name(stage)}.jsonl.tmp"
 
     def _commit(self, written: list[Record], end: StageRecord) -> None:
-        samples = only(written, SampleRecord)
+        kept = [record for record in written if not isinstance(record, SampleRecord)]
+        path = self.path / "records.jsonl"
+        with self.alone():
+            self._merge(only(written, SampleRecord))
+            before = path.read_text(encoding="utf-8")
+            joint = "" if before.endswith("\n") or not before else "\n"
+            write_whole(path, before + joint + "".join(map(to_line, [*kept, end])))
+
+    def _merge(self, samples: Sequence[SampleRecord]) -> None:
         for candidate in dict.fromkeys(sample.candidate for sample in samples):
             path = self.path / "samples" / f"{file_name(candidate)}.jsonl"
             path.parent.mkdir(exist_ok=True)
             before = only(read(path), SampleRecord) if path.exists() else []
             # A stage killed between this file and records.jsonl runs again: its samples replace their former selves.
             merged = {
-                (sample.task, sample.doc_id, sample.filter, sample.metric): sample
+                (sample.candidate, sample.task, sample.doc_id, sample.filter, sample.metric): sample
                 for sample in [*before, *(sample for sample in samples if sample.candidate == candidate)]
             }
             write_whole(path, "".join(map(to_line, merged.values())))
-        kept = [record for record in written if not isinstance(record, SampleRecord)]
-        path = self.path / "records.jsonl"
-        write_whole(path, path.read_text(encoding="utf-8") + "".join(map(to_line, [*kept, end])))
 
 
 def file_name(text: str) -> str:
@@ -299,32 +335,49 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.+=@-]", "-", text)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Every line of a records' file, and where it stands in words.
 
-
-def _parse(path: Path) -> Iterator[Record]:
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
+    Raises:
+        InputError: there is none, it cannot be read, a line is not UTF-8, or the last one is cut off.
+    """
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        run = path.parent if path.name == "records.jsonl" else path
+        raise InputError(f"no run at {run}: a run directory holds records.jsonl") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    ended = data.endswith(b"\n")
+    lines = data.removesuffix(b"\n").split(b"\n") if data else []
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number} of {len(lines)}"
         try:
-            values = json.loads(line, parse_constant=_refuse_constant)
-        except json.JSONDecodeError:
-            if number == len(lines) and not text.endswith("\n"):
-                raise InputError(
-                    f"{where}: the line is cut off, so records are missing; run it again"
-                ) from None
-            raise InputError(f"{where}: not a JSON object") from None
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from None
-        yield from_values(values, where)
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: not UTF-8 text: {error}") from None
+        if number == len(lines) and not ended and not _is_json(text):
+            raise InputError(f"{where}: the line is cut off, so records are missing; run it again")
+        yield text, where
+
+
+def _values(line: str, where: str) -> object:
+    try:
+        return json.loads(line, parse_constant=_refuse_constant)
+    except json.JSONDecodeError:
+        raise InputError(f"{where}: not a JSON object") from None
+    except RecursionError:
+        raise InputError(f"{where}: brackets within brackets, deeper than any record's") from None
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _refuse_constant(text: str) -> float:

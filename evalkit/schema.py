@@ -7,6 +7,7 @@ shows a number under a meaning that has changed.
 import json
 import math
 import re
+import reprlib
 from dataclasses import MISSING, asdict, dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -569,7 +570,8 @@ def to_line(record: Record) -> str:
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     for name, value in values.items():
         where = f"{type(record).__name__}.{name} is {value!r}"
-        if isinstance(value, float) and not math.isfinite(value):
+        numbers = value if isinstance(value, list) else (value,)
+        if any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
             raise ValueError(
                 f"{where}: count what is not finite in a field of its own and write None ({_label(record)})"
             )
@@ -599,7 +601,9 @@ def from_values(values: object, where: str) -> Record:
         )
     for name, hint in hints.items():
         if not _fits(values[name], hint):
-            raise InputError(f"{where}: {kind}.{name} is {values[name]!r}, not {hint}")
+            raise InputError(f"{where}: {kind}.{name} is {reprlib.repr(values[name])}, not {hint}")
+    if kind == TaskRecord.kind and values["n"] < 1:
+        raise InputError(f"{where}: task.n is {values['n']}: a score is over one document at least")
     return cls(**values)
 
 
@@ -612,9 +616,13 @@ def _fits(value: object, hint: Any) -> bool:
     if get_origin(hint) is dict:
         key, item = get_args(hint)
         return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
-    if hint in (int, float):  # bool is an int to Python, and JSON writes 2.0 and 2 alike
-        return type(value) in ((int,) if hint is int else (int, float))
-    return isinstance(value, hint)
+    if (
+        type(value) is int
+    ):  # bool is none; JSON writes 2.0 and 2 alike; a wider one overflows where it is used
+        return hint in (int, float) and abs(value) < 2**63
+    if type(value) is float:
+        return hint is float and math.isfinite(value)
+    return hint not in (int, float) and isinstance(value, hint)
 
 
 def _label(record: Record) -> str:

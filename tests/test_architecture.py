@@ -16,6 +16,7 @@ PACKAGE = Path(evalkit.__file__).parent
 # A part may import itself, parts of lower rank, and nothing of its own rank but itself.
 RANK = {
     "errors": 0,
+    "files": 0,
     "registry": 1,
     "progress": 1,
     "spans": 1,

@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -8,7 +11,8 @@ import pytest
 
 from evalkit import records
 from evalkit.errors import InputError
-from evalkit.records import Record, RunDirectory, SampleRecord, SelectionRecord, StageRecord
+from evalkit.files import locked, write_whole
+from evalkit.records import Record, RunDirectory, SampleRecord, SelectionRecord, StageRecord, TaskRecord
 from evalkit.schema import HINTS, KINDS, to_line
 
 
@@ -79,7 +83,14 @@ LINE = json.loads(to_line(SELECTION))
         (json.dumps(LINE | {"mood": 1}), r"unknown \['mood'\]"),
         (json.dumps({key: value for key, value in LINE.items() if key != "n"}), r"lacks \['n'\]"),
         (json.dumps(LINE | {"n": "many"}), "n is 'many'"),
+        (json.dumps(LINE | {"n": 2**63}), "n is 9223372036854775808"),
         (json.dumps(LINE | {"recall_mean": math.nan}), "NaN"),
+        (json.dumps(LINE | {"recall_mean": 10**400}), "recall_mean is 1000"),
+        (json.dumps(LINE | {"recall_mean": 0}).replace('"recall_mean": 0', '"recall_mean": 1e999'), "is inf"),
+        (json.dumps(LINE | {"recall_mean": 0}).replace(": 0,", f": {'9' * 5000},"), "5000 digits"),
+        ("[" * 200_000, "brackets within brackets"),
+        ("", "not a JSON object"),
+        (to_line(example(TaskRecord)).replace('"n": 6', '"n": 0').strip(), r"task\.n is 0"),
         ("[1]", "not a JSON object"),
         ("hello", "not a JSON object"),
     ],
@@ -98,6 +109,13 @@ def test_a_cut_off_last_line_is_named_as_such(tmp_path: Path):
         records.read(path)
 
 
+def test_a_line_that_is_not_utf_8_is_named(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes((to_line(SELECTION) * 2).encode() + b'{"schema": 1, "kind": "\xff"}\n' + b"more\n")
+    with pytest.raises(InputError, match=r"records\.jsonl, line 3 of 4: not UTF-8 text"):
+        records.read(path)
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"no run at .*run\.json"):
         RunDirectory(tmp_path)
@@ -108,6 +126,14 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path):
 def test_a_run_of_another_schema_is_refused(run: RunDirectory):
     (run.path / "run.json").write_text('{"schema": 0}')
     with pytest.raises(InputError, match="schema 1"):
+        RunDirectory(run.path)
+
+
+@pytest.mark.parametrize("config", ["null", '"x"', "[]"])
+def test_a_run_whose_configuration_is_none_is_refused(config: str, run: RunDirectory):
+    path = run.path / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": json.loads(config)}))
+    with pytest.raises(InputError, match=r"run\.json: config is .*: an object is right"):
         RunDirectory(run.path)
 
 
@@ -156,8 +182,11 @@ def test_what_a_killed_stage_left_is_dropped_when_it_runs_again(run: RunDirector
 def test_a_stage_that_is_done_is_not_written_twice(run: RunDirectory):
     with run.stage("layers") as writer:
         writer.write(SELECTION)
-    with pytest.raises(ValueError, match="done already"), run.stage("layers"):
+    before = sorted(run.path.rglob("*"))
+    with pytest.raises(InputError, match="done already"), run.stage("layers"):
         pass
+    assert sorted(run.path.rglob("*")) == before
+    assert records.only(run.read(), SelectionRecord) == [SELECTION]
 
 
 def test_samples_lie_by_candidate_and_a_repeated_stage_replaces_its_own(run: RunDirectory):
@@ -181,3 +210,134 @@ def test_samples_lie_by_candidate_and_a_repeated_stage_replaces_its_own(run: Run
     ]
     assert sorted(records.read_samples(run.path), key=samples.index) == samples
     assert not records.only(run.read(), SampleRecord)
+
+
+def test_one_candidates_samples_are_read_from_its_own_file(run: RunDirectory):
+    """A run asks for them arm by arm; the other arms' files are read by what asks for all."""
+    samples = [example(SampleRecord, candidate=name, doc_id=i) for name in ("a:one@b", "c@d") for i in (0, 1)]
+    with run.stage("tasks") as writer:
+        for sample in samples:
+            writer.write(sample)
+    (run.path / "samples" / "c@d.jsonl").write_text("no record\n")
+    assert records.read_samples(run.path, "a:one@b") == samples[:2]
+    assert records.read_samples(run.path, "e@f") == []
+    with pytest.raises(InputError, match="not a JSON object"):
+        records.read_samples(run.path)
+
+
+def test_asking_whether_a_stage_is_done_checks_no_other_record(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+):
+    """A run asks this more than twenty times, and checking 20,000 records takes a second."""
+    with run.stage("layers") as writer:
+        for _ in range(50):
+            writer.write(SELECTION)
+    checked: list[str] = []
+    real = records.from_values
+    monkeypatch.setattr(
+        records, "from_values", lambda values, where: checked.append(where) or real(values, where)
+    )
+    assert run.done("layers")
+    assert not run.done("tasks")
+    assert len(checked) == 2
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from evalkit.records import RunDirectory, SampleRecord
+from tests.test_records import SELECTION, example
+run, name = RunDirectory(Path(sys.argv[1])), sys.argv[2]
+print(flush=True)
+sys.stdin.readline()
+for number in range(60):
+    with run.stage(f"{name} {number}") as writer:
+        writer.write(SELECTION)
+        writer.write(example(SampleRecord, candidate="shared", task=name, doc_id=number))
+"""
+
+
+def test_two_processes_lose_no_stage_of_each_other(run: RunDirectory):
+    """As a gate beside a run: both replace records.jsonl and one file of samples by what they read plus their own."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(run.path), name],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("gate", "tasks")
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+    ends = [threading.Thread(target=writer.communicate, args=("\n",)) for writer in writers]
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join()
+    assert [writer.returncode for writer in writers] == [0, 0]
+    stages = [record.stage for record in records.only(run.read(), StageRecord)]
+    samples = [(sample.task, sample.doc_id) for sample in records.read_samples(run.path)]
+    for name in ("gate", "tasks"):
+        assert [stage for stage in stages if stage.startswith(name)] == [f"{name} {i}" for i in range(60)]
+        assert [sample for sample in samples if sample[0] == name] == [(name, i) for i in range(60)]
+    assert len(records.only(run.read(), SelectionRecord)) == 120
+    assert sorted(path.name for path in run.path.iterdir()) == ["records.jsonl", "run.json", "samples"]
+
+
+def test_a_stage_that_another_process_is_writing_is_refused(run: RunDirectory):
+    """Two that go on with one run would write into one file, and the first to end would commit a part of both."""
+    again = RunDirectory(run.path)
+    with run.stage("layers") as writer:
+        writer.write(SELECTION)
+        with (
+            pytest.raises(InputError, match="another process is writing its stage 'layers'"),
+            again.stage("layers", goes_on_at=0),
+        ):
+            pass
+        with again.stage("gate 1"):
+            pass
+    assert [r.stage for r in records.only(run.read(), StageRecord)] == ["gate 1", "layers"]
+    assert records.only(run.read(), SelectionRecord) == [SELECTION]
+
+
+def test_a_lock_is_of_the_file_that_stands_there(tmp_path: Path):
+    """Who waited for one that was removed meanwhile would hold what no one else asks for."""
+    path, held, end = tmp_path / "stage.tmp", threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with locked(path):
+            held.set()
+            end.wait(60)
+
+    waiting = threading.Thread(target=wait)
+    with locked(path):
+        waiting.start()
+        assert not held.wait(0.2)
+        path.unlink()
+    assert held.wait(60)
+    with pytest.raises(BlockingIOError), locked(path, wait=False):
+        pass
+    end.set()
+    waiting.join()
+    with locked(path, wait=False):
+        pass
+
+
+def test_a_stage_after_a_line_without_its_end_begins_a_line(run: RunDirectory):
+    path = run.path / "records.jsonl"
+    path.write_text(to_line(SELECTION).rstrip("\n"))
+    with run.stage("layers"):
+        pass
+    assert [type(record) for record in run.read()] == [SelectionRecord, StageRecord]
+
+
+def test_a_file_that_cannot_be_written_whole_stays_and_leaves_no_other(tmp_path: Path):
+    path = tmp_path / "summary.md"
+    write_whole(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "new \ud800")
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("summary.md", "old")]

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
 from evalkit.errors import InputError
+from evalkit.files import replacing
 from evalkit.records import EnvironmentRecord, PolicyRecord, RunDirectory, only
 from evalkit.report import html, markdown
 
@@ -40,19 +41,21 @@ def write(run: Path, file: Path) -> str:
     contents = {path.relative_to(run).as_posix(): path.read_bytes() for path in paths}
     contents["environment.json"] = _json(asdict(environments[0]))
     for policy in only(records, PolicyRecord)[:1]:
-        contents["policy.json"] = _json(json.loads(policy.text))
+        try:
+            contents["policy.json"] = _json(json.loads(policy.text))
+        except (ValueError, RecursionError) as error:
+            where = f"{run / 'records.jsonl'}, line {records.index(policy) + 1}"
+            raise InputError(f"{where}: the text of policy {policy.name!r} is not JSON: {error}") from None
     folder = directory.path.resolve().name
     contents = {f"{folder}/{name}": contents[name] for name in sorted(contents)}
     contents[MANIFEST] = "".join(f"{_sha256(data)}  {name}\n" for name, data in contents.items()).encode()
-    partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as bundle:
+        with replacing(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as bundle:
             for name, data in contents.items():
                 entry = zipfile.ZipInfo(name, EPOCH)
                 entry.create_system, entry.external_attr = 3, 0o100644 << 16
                 bundle.writestr(entry, data)
-        partial.replace(file)
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror}") from None
     return sha256(file)

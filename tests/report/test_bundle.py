@@ -77,6 +77,17 @@ def test_the_policy_of_the_run_is_in_it(run: RunDirectory, tmp_path: Path):
         assert json.loads((path / "policy.json").read_text()) == {"alpha": 0.05}
 
 
+def test_a_policy_that_is_not_json_is_refused_by_its_line(run: RunDirectory, tmp_path: Path):
+    line = len(run.read()) + 1
+    with run.stage("policy") as write:
+        write.write(PolicyRecord(name="default", sha256="d" * 64, text="X{}"))
+    with pytest.raises(
+        InputError, match=rf"records\.jsonl, line {line}: the text of policy 'default' is not JSON"
+    ):
+        bundle.write(run.path, tmp_path / "a.zip")
+    assert list(tmp_path.glob("a.zip*")) == []
+
+
 @pytest.mark.parametrize("name", ["records.jsonl", "report.html", "environment.json", "run.json"])
 def test_a_changed_file_is_named(name: str, run: RunDirectory, signed: Path):
     inside = f"{run.path.name}/{name}"
