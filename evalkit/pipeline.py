@@ -35,7 +35,6 @@ from evalkit.records import (
     ProfileRecord,
     Record,
     RunDirectory,
-    SampleRecord,
     TaskRecord,
     only,
     read_samples,
@@ -43,7 +42,7 @@ from evalkit.records import (
 from evalkit.report import html, markdown, terminal
 
 # What a run's numbers depend on beyond its configuration: it cannot go on where one differs.
-SAME_FACTS = ("checkpoint_sha256", "device", "gpu", "dtype")
+SAME_FACTS = ("commit", "checkpoint_sha256", "device", "gpu", "dtype")
 
 
 def run(config: RunConfig, resume: Path | None = None) -> Path:
@@ -229,16 +228,16 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
         with scorer.lm(arm, directory.path) as lm, directory.stage(f"tasks {arm.name}") as write:
             for proved in scorer.proof(arm, directory.path) if arm.name not in known else ():
                 write.write(proved)
+            before = [] if arm.against is None else read_samples(directory.path, arm.against)
             asked = (config.tasks, config.task_documents, config.seed)
             for scored in run_tasks(lm, *asked, candidate=arm.name, data=config.data):
                 for sample in scored.samples:
                     write.write(sample)
                 if arm.against is not None:
-                    before = _samples(directory, arm.against, scored.task)
                     for record in task_records(
                         arm.name,
                         arm.against,
-                        before,
+                        [sample for sample in before if sample.task == scored.task],
                         scored.samples,
                         wall_s=scored.wall_s + scorer.seconds(arm, scored.task),
                         mean_context_tokens=scored.mean_context_tokens,
@@ -251,10 +250,11 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
 
 def compare_answers(directory: RunDirectory) -> None:
     """Degenerate, empty and cut-off answers, their lengths, and where they leave the baseline's, from the samples."""
-    if only(directory.read(), TaskRecord) and not directory.done("answers"):
-        with directory.stage("answers") as write:
-            for record in answers.compare_answers(directory.read(), read_samples(directory.path)):
-                write.write(record)
+    if directory.done("answers") or not only(records := directory.read(), TaskRecord):
+        return
+    with directory.stage("answers") as write:
+        for record in answers.compare_answers(records, read_samples(directory.path)):
+            write.write(record)
 
 
 def write_report(directory: RunDirectory) -> None:
@@ -271,20 +271,25 @@ def _create(config: RunConfig) -> RunDirectory:
 
 
 def _refuse_other(directory: RunDirectory, now: EnvironmentRecord, prepared: Prepared) -> None:
-    """Refuse to go on with a run where what its numbers depend on has changed since."""
-    then = only(directory.read(), EnvironmentRecord)[0]
-    names = [record.candidate for record in only(directory.read(), CandidateRecord)]
+    """Refuse to go on with a run where what its numbers depend on has changed since.
+
+    Of a checkout with changes of its own only that it has some is known (`-dirty`), not which: two such trees of one
+    commit pass for the same.
+    """
+    records = directory.read()
+    then = only(records, EnvironmentRecord)[0]
+    names = [record.candidate for record in only(records, CandidateRecord)]
     candidates = prepared.candidates[: len(names)]  # of a serving engine those whose tasks were scored
     facts = [(key, getattr(then, key), getattr(now, key)) for key in SAME_FACTS]
     for table in ("packages", "flags"):
         old, new = getattr(then, table), getattr(now, table)
         facts += [(key, old.get(key), new.get(key)) for key in {**old, **new}]
-    stored = {"policy": next((r.sha256 for r in only(directory.read(), PolicyRecord)), None)}
-    facts.append(("policy", stored["policy"], None if prepared.policy is None else prepared.policy.sha256))
+    stored = next((record.sha256 for record in only(records, PolicyRecord)), None)
+    facts.append(("policy", stored, None if prepared.policy is None else prepared.policy.sha256))
     facts.append(("candidates", ", ".join(names), ", ".join(map(str, candidates))))
     was, is_now = (
-        ", ".join({one.sha256 for one in found}) or "none"
-        for found in (only(directory.read(), ProfileRecord), prepared.ranges)
+        ", ".join(sorted({one.sha256 for one in found})) or "none"
+        for found in (only(records, ProfileRecord), prepared.ranges)
     )
     facts.append(("profile SHA-256", was, is_now))
     for key, before, after in facts:
@@ -343,7 +348,3 @@ def _note(candidate: Candidate, scales: Mapping[int, Scales], found_by_layer: bo
         return "scale 1.0" if kv.get(candidate.format).uses_scales else ""
     values = [one.latent for one in scales.values()]
     return f"scales {min(values):.3g} to {max(values):.3g} over {len(values)} layers"
-
-
-def _samples(directory: RunDirectory, candidate: str, task: str) -> list[SampleRecord]:
-    return [s for s in read_samples(directory.path) if s.candidate == candidate and s.task == task]

@@ -270,6 +270,18 @@ def test_a_run_cannot_go_on_with_other_weights(begun: Path, checkpoint: Path, re
     assert "start a new run" in line
 
 
+def test_a_run_cannot_go_on_with_another_commit(begun: Path, refused: Callable[..., str]):
+    """Its stages would come from two versions, and its record would name the first."""
+    records = begun / "records.jsonl"
+    first, *rest = records.read_text().splitlines(keepends=True)
+    environment = json.loads(first)
+    here, environment["commit"] = environment["commit"], "0" * 40
+    records.write_text(json.dumps(environment) + "\n" + "".join(rest))
+    line = refused("--resume", str(begun))
+    assert f"begun with commit {'0' * 40}, here it is {here}" in line
+    assert "start a new run" in line
+
+
 def test_a_run_cannot_go_on_with_another_torch(begun: Path, refused: Callable[..., str]):
     records = begun / "records.jsonl"
     version = torch.__version__
