@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +62,10 @@ class StoredRun:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredResult:
-    """A candidate of a run; `verdict` is None where it was not judged, `kl_nats` over the phase with most tokens."""
+    """A candidate of a run; `verdict` is None where it was not judged, `kl_nats` over the phase with most tokens.
+
+    A POST-HOC judgement decides nothing: its verdict is INCONCLUSIVE, and the reason says so before the checks' own.
+    """
 
     run: str
     candidate: str
@@ -295,8 +298,13 @@ def _result(run: str, candidate: CandidateRecord, records: Sequence[Record], non
     name = candidate.candidate
     tokens = [r for r in only(records, TokenRecord) if (r.candidate, r.frozen) == (name, "none")]
     token = max(tokens, key=lambda r: r.n, default=None)
-    judged = (r for r in last_judgement(records) if (r.candidate, r.check) == (name, "candidate"))
-    last = next(judged, None)
+    judged = last_judgement(records)
+    last = next((r for r in judged if (r.candidate, r.check) == (name, "candidate")), None)
+    if last is not None and last.post_hoc:
+        overall = next((r.reason for r in judged if r.check == "overall"), "POST-HOC.")
+        last = replace(
+            last, verdict="INCONCLUSIVE", reason=f"{overall} Its checks: {last.verdict}. {last.reason}"
+        )
     return StoredResult(
         run=run,
         candidate=name,

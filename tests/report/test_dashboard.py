@@ -4,6 +4,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from evalkit import cli
 from evalkit.errors import InputError
-from evalkit.records import RunDirectory
+from evalkit.records import RunDirectory, VerdictRecord
 from evalkit.report import dashboard, html, tables
 from evalkit.report.history import History, StoredLayer, StoredResult, StoredRun, StoredScore
 from evalkit.report.trends import tiles
@@ -185,6 +186,23 @@ def test_a_gpu_that_stopped_is_missed_until_it_is_retired(tmp_path: Path):
         history.path, tmp_path / "site", now=hours_after(20, 3) - timedelta(days=6)
     ).alerts
     assert [alert[:42] for alert in with_b200] == ["Missing: no run of dsa-nano on NVIDIA B200"]
+
+
+def test_a_night_that_was_judged_by_another_policy_afterwards_is_not_shown_as_passed(tmp_path: Path):
+    history = small_store(tmp_path, 2, verdict="WORSE")
+    records = [
+        replace(r, post_hoc=True) if isinstance(r, VerdictRecord) else r
+        for r in night_records(2, random.Random(2), verdict="NON-INFERIOR")
+    ]
+    history.add(write_run(tmp_path / "runs", 2, records))
+    site = dashboard.write(history.path, tmp_path / "site", now=hours_after(3, 1))
+    assert sorted(site.alerts) == [
+        f"Verdict: {name} (dsa-nano on NVIDIA H200) went from WORSE to INCONCLUSIVE."
+        for name in sorted((DAMAGED, SOUND))
+    ]
+    page = site.page.read_text(encoding="utf-8")
+    assert page.count('<p class="verdict INCONCLUSIVE">') == 2
+    assert 'class="verdict NON-INFERIOR"' not in page
 
 
 def test_a_verdict_that_changed_is_an_alert_on_its_night_alone(tmp_path: Path):

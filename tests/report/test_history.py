@@ -20,6 +20,7 @@ from evalkit.records import (
     RunDirectory,
     TaskRecord,
     TokenRecord,
+    VerdictRecord,
     only,
 )
 from evalkit.report import history
@@ -76,6 +77,24 @@ def test_adding_again_replaces_what_was_known(tmp_path: Path):
     store.add(run)
     verdicts = {r.candidate: r.verdict for r in store.read(StoredResult)}
     assert verdicts[DAMAGED] == "ANOMALOUS"
+
+
+def test_a_judgement_by_limits_that_came_afterwards_is_inconclusive(tmp_path: Path):
+    """Its exit code is that of INCONCLUSIVE, and a history must not turn it into what its checks alone say."""
+    records: list[Record] = []
+    for record in night_records(0, random.Random(0)):
+        if isinstance(record, VerdictRecord):
+            record = replace(record, post_hoc=True)
+        records.append(record)
+    overall = next(
+        replace(r, check="overall", reason="POST-HOC: it may.") for r in only(records, VerdictRecord)
+    )
+    store = History(tmp_path / "store", create=True)
+    store.add(write_run(tmp_path / "runs", 0, [*records, overall]))
+    stored = {r.candidate: r for r in store.read(StoredResult)}
+    assert (stored[DAMAGED].verdict, stored[DAMAGED].post_hoc) == ("INCONCLUSIVE", 1)
+    assert stored[DAMAGED].reason == "POST-HOC: it may. Its checks: NON-INFERIOR. It is NON-INFERIOR."
+    assert stored[BF16].verdict is None
 
 
 def test_of_several_baselines_the_first_is_kept(tmp_path: Path):
