@@ -70,6 +70,17 @@ def _check(one: Compared, p: dict[str, float], policy: Policy) -> Check:
             reason=f"{said}: a gain above the margin (p = {p['gain']:.2g}), which storing fewer bits does not bring.",
             needs="An explanation, or both arms run again.",
         )
+    if policy.planned and outcome.n not in policy.planned:
+        planned = f"{policy.documents:,}"
+        if policy.looks > 1:
+            planned += f", or a multiple of it up to {policy.planned[-1]:,},"
+        return Check(
+            name=name,
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"{said}: {planned} were planned, and a loss seen at another number decides nothing, since it may have "
+            "been asked for until it pleased.",
+            needs=f"As many documents as the policy plans, {planned.rstrip(',')}.",
+        )
     if p["worse"] <= policy.look_alpha:
         return Check(
             name=name,
@@ -97,7 +108,15 @@ def _needs(one: Compared, policy: Policy) -> str:
     assumed = f"if the true loss is {100 * policy.true_loss:g} points and {outcome.discordance:.1%} of documents differ"
     if needed < 1:
         return f"As many documents once more in a new run, {assumed}: these had the power and missed."
-    return f"About {needed:,.0f} more documents {assumed}."
+    more = f"About {needed:,.0f} more documents {assumed}."
+    if not policy.planned:
+        return more
+    look = next((n for n in policy.planned if n > outcome.n), None)
+    return f"{more} " + (
+        "They take a new run, under a policy that plans them."
+        if look is None
+        else f"The policy's next look is at {look:,}."
+    )
 
 
 def _points(loss: float) -> str:

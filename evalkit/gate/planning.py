@@ -71,6 +71,9 @@ def words(policy: Policy, planned: Sequence[Planned]) -> Iterator[str]:
             f"{one.endpoint}: margin {100 * one.endpoint.margin:g} points, {one.discordance:.2%} of documents differ "
             f"({one.source}): {wanted}{hours}"
         )
+        if policy.documents is not None and one.documents is not None:
+            enough = "enough" if policy.documents >= one.documents else "too few"
+            yield f"    the policy plans {policy.documents:,}{' a look' * (policy.looks > 1)}: {enough}"
         if one.sensitive is not None:
             yield (
                 f"    {one.sensitive:,} of them to find planted damage of {200 * one.endpoint.margin:g} points, which decides "

@@ -55,6 +55,18 @@ def test_a_run_measures_discordance_and_time(make_run: Callable[..., Path], poli
     assert f"3.00% of documents differ (bf16@flashmla against {CONTROL}, 400 documents)" in said
 
 
+def test_a_plan_says_whether_the_documents_that_the_policy_names_will_do(with_policy: Callable[..., Policy]):
+    needed = plan(with_policy(), discordance=0.08)[0].documents
+    assert needed is not None
+    for documents, said in ((needed, "enough"), (needed - 1, "too few")):
+        asked = with_policy(documents=documents)
+        assert f"the policy plans {documents}: {said}" in "\n".join(
+            words(asked, plan(asked, discordance=0.08))
+        )
+    silent = with_policy()
+    assert "the policy plans" not in "\n".join(words(silent, plan(silent, discordance=0.08)))
+
+
 def test_without_either_the_plan_is_refused(policy: Policy):
     with pytest.raises(InputError, match="give --discordance"):
         plan(policy)
