@@ -118,7 +118,7 @@ def _checks(
         if scored:
             yield from integrity.sample_checks(run, candidate.candidate, endpoint, policy)
     for name in policy.baselines:
-        yield from _missing(name, candidate, places)
+        yield from _unfit(name, candidate, places)
     for place in places:
         # Apart, so that what another run adds does not weaken Holm's adjustment of what this one shows.
         compared: list[Compared] = []
@@ -129,8 +129,8 @@ def _checks(
         yield from check_itself(run, other, candidate, policy)
 
 
-def _missing(name: str, candidate: CandidateRecord, places: Sequence[Evidence]) -> Iterator[Check]:
-    """A baseline is needed of another run where there is one, and may be in this one, too."""
+def _unfit(name: str, candidate: CandidateRecord, places: Sequence[Evidence]) -> Iterator[Check]:
+    """A baseline that is not there, of the other run where there is one, or that is the candidate."""
     baseline = places[-1].find(name)
     if baseline is None:
         yield Check(

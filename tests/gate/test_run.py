@@ -60,7 +60,7 @@ def test_damage_is_planted_into_the_baseline_on_the_same_documents(run: Path, co
     assert config.policy is not None
     noise = load(config.policy).damage.noise
     evidence = Evidence.read(run)
-    whole, arm = evidence.damaged(noise)
+    whole, arm = evidence.damaged("bf16@reference", noise)
     assert (whole, arm) == ("bf16@reference", damage_arm("bf16@reference", noise))
     prompts = [
         [s.prompt_sha256 for s in evidence.samples if s.candidate == name]

@@ -3,16 +3,28 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import get_args, get_origin
 
 import numpy as np
 import pytest
 
 from evalkit import cli
+from evalkit.gate.evidence import damage_arm
 from evalkit.gate.policy import Exemption, Limit, Policy
 from evalkit.gate.verdict import Judged, judge, store
 from evalkit.gate.words import Verdict
-from evalkit.records import RunDirectory, SampleRecord, VerdictRecord, last_judgement, only
+from evalkit.records import (
+    PolicyRecord,
+    Record,
+    RunDirectory,
+    SampleRecord,
+    VerdictRecord,
+    last_judgement,
+    only,
+    to_line,
+)
 from evalkit.report import tables
+from evalkit.schema import HINTS, KINDS
 from tests.gate.conftest import BASELINE, CANDIDATE, CONTROL, DAMAGED, DOCUMENTS, scores
 
 MakeRun = Callable[..., Path]
@@ -99,6 +111,14 @@ def drop(arm: str) -> Callable[[SampleRecord], SampleRecord | None]:
         ({"sample": change(BASELINE, truncated=True)}, "100.0% of bf16@flashmla's answers were cut off"),
         ({"lost": 2, "gained": 60}, "a gain above the margin"),
         ({"answers": {CONTROL: scores(320, 60)}}, "loses +15.0 points against itself"),
+        ({"answers": {CONTROL: scores(320, 0, 60)}}, "loses -15.0 points against itself"),
+        ({"answers": {CONTROL: scores(8, n=10)}}, "Samples of bf16@flashmla, batches of 4 do not pair"),
+        ({"baseline": {"bytes_per_token_read_back": 656}}, f"{BASELINE}: A token changed 656 bytes"),
+        ({"layers": (0.02, {"n": 0})}, "The record of attention at layer 0"),
+        ({"task": {"n": 12}}, "the record of needle, exact_match (answer) says n 12, its samples 400."),
+        ({"task": {"score": 0.9}}, "says score 0.9, its samples 0.8"),
+        ({"task": {"lost": 60}}, "says lost 60, its samples"),
+        ({"task": {"gained": None}}, "says gained none, its samples"),
     ],
 )
 def test_a_measurement_that_cannot_be_is_anomalous(
@@ -117,6 +137,76 @@ def test_a_document_twice_is_anomalous(make_run: MakeRun, policy: Policy):
     found = judged(run, policy)
     assert found.verdict is Verdict.ANOMALOUS
     assert "come more than once in the candidate" in reasons(found)
+
+
+def test_what_was_recorded_has_to_be_what_the_samples_say(make_run: MakeRun, policy: Policy):
+    """The candidate's answers are replaced by the baseline's: nothing is lost, and its record says 60."""
+    run = make_run(60, 0)
+    assert judged(run, policy).verdict is Verdict.WORSE
+    own, other = (run / "samples" / f"{arm}.jsonl" for arm in (CANDIDATE, BASELINE))
+    own.write_text(other.read_text().replace(f'"{BASELINE}"', f'"{CANDIDATE}"'))
+    found = judged(run, policy)
+    assert found.verdict is Verdict.ANOMALOUS
+    assert "says score 0.65, its samples 0.8; loss 0.15, its samples 0; lost 60, its samples 0." in reasons(
+        found
+    )
+
+
+def test_an_endpoint_recorded_twice_is_anomalous(make_run: MakeRun, policy: Policy):
+    run = make_run()
+    path = run / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    first = next(line for line in lines if '"kind": "task"' in line and f'"candidate": "{CANDIDATE}"' in line)
+    again = first.replace('"share_over_topk": 1.0', '"share_over_topk": 0.0')
+    assert again != first
+    path.write_text("".join([*lines, again]))
+    found = judged(run, policy)
+    assert found.verdict is Verdict.ANOMALOUS
+    assert "was recorded 2 times" in reasons(found)
+
+
+@pytest.mark.parametrize("arm", [BASELINE, CANDIDATE])
+def test_a_layer_that_others_were_compared_at_is_not_left_out(make_run: MakeRun, policy: Policy, arm: str):
+    """The one that breaks a limit, or holds what is not finite, would be."""
+    run = make_run()
+    path = run / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [x for x in lines if not ('"layer": 1' in x and f'"candidate": "{arm}"' in x)]
+    assert len(kept) < len(lines)
+    path.write_text("".join(kept))
+    found = judged(run, policy)
+    assert found.verdict is Verdict.ANOMALOUS
+    assert "1 comparisons of attention that other candidates have are missing" in reasons(found)
+    assert "layer 1 (isolated, decode, frozen none)" in reasons(found)
+
+
+def record_of(kind: str, **changes: object) -> Record:
+    """A record of any kind, with what its fields' types ask for."""
+    values: dict[str, object] = {
+        name: [] if get_origin(hint) is list else None if type(None) in get_args(hint) else hint("1")
+        for name, hint in HINTS[kind].items()
+    }  # fmt: skip
+    return KINDS[kind](**(values | changes))
+
+
+@pytest.mark.parametrize("arm", [BASELINE, CANDIDATE])
+@pytest.mark.parametrize("kind", [kind for kind, hints in HINTS.items() if "nonfinite" in hints])
+def test_a_value_that_is_not_finite_is_anomalous_wherever_it_was_counted(
+    make_run: MakeRun, policy: Policy, kind: str, arm: str
+):
+    own = {"arm": "all"} if kind == "attribution" else {}
+    run = make_run(written=[record_of(kind, candidate=arm, nonfinite=4096, **own)])
+    found = judged(run, policy)
+    assert found.verdict is Verdict.ANOMALOUS
+    assert "4096 values of" in reasons(found)
+    assert (arm == BASELINE) == (f"{BASELINE}: 4096" in reasons(found))
+
+
+@pytest.mark.parametrize("arm", ["only", "without", "interaction"])
+def test_a_component_alone_may_give_what_is_not_finite(make_run: MakeRun, policy: Policy, arm: str):
+    """No candidate runs so: without what the others do to it, it may well overflow."""
+    alone = record_of("attribution", candidate=CANDIDATE, nonfinite=4096, arm=arm)
+    assert judged(make_run(written=[alone]), policy).verdict is Verdict.NON_INFERIOR
 
 
 def test_anomalous_precedes_worse_and_worse_inconclusive(make_run: MakeRun, policy: Policy):
@@ -152,9 +242,17 @@ def test_anomalous_precedes_worse_and_worse_inconclusive(make_run: MakeRun, poli
         ({"answers": {DAMAGED: []}}, "No damage was planted"),
         ({"answers": {DAMAGED: scores(320, 3, 2)}}, "was not found lower"),
         ({"answers": {DAMAGED: scores(320, 200)}}, "cost 50.0 points, more than the 20"),
+        ({"answers": {DAMAGED: [], damage_arm(CANDIDATE, 0.2): scores(320, 46)}}, "No damage was planted into bf16"),
         ({"layers": (0.06, {})}, "layer.relative_l2 is 0.06 at layer 0; the policy asks for at most 0.05"),
+        ({"answers": {CONTROL: []}}, "bf16@flashmla was not scored a second time"),
+        ({"baseline": {"bytes_per_token_read_back": None}}, "bf16@flashmla: No bytes were read back"),
+        ({"baseline": {"kernel": "modelled: SM100"}}, "the baseline bf16@flashmla: kernel 'modelled: SM100' is not"),
+        ({"baseline": {"read": "decoded"}}, "the baseline bf16@flashmla: rows were decoded"),
+        ({"baseline": {"heads": 1}}, "the baseline bf16@flashmla: 1 heads on one GPU are not listed"),
+        ({"candidate": {"row_bytes_per_token": 1152, "bytes_per_token_read_back": 1152}, "layers": (0.003, {})},
+         "bit-identical to those on bf16 rows, and a row has as many bytes"),
     ],
-)
+)  # fmt: skip
 def test_a_run_that_cannot_show_it_is_inconclusive_and_says_why(
     make_run: MakeRun, policy: Policy, changes: dict[str, object], said: str
 ):
@@ -186,6 +284,47 @@ def test_a_candidate_or_baseline_that_did_not_run_is_inconclusive(
         found = judged(make_run(stored=asked, name=next(iter(changes))), asked)
         assert found.verdict is Verdict.INCONCLUSIVE
         assert "is not in" in reasons(found)
+
+
+def test_a_candidate_of_the_baselines_own_format_may_give_the_same_outputs(make_run: MakeRun, policy: Policy):
+    """bf16 on another backend of the same arithmetic: nothing says that it did not run."""
+    same = {"format": "bf16", "row_bytes_per_token": 1152, "bytes_per_token_read_back": 1152}
+    run = make_run(candidate=same, layers=(0.003, {}))
+    assert judged(run, policy).verdict is Verdict.NON_INFERIOR
+
+
+def test_a_candidate_is_not_its_own_baseline(make_run: MakeRun, with_policy: Callable[..., Policy]):
+    asked = with_policy(baselines=("bf16", CANDIDATE))
+    found = judged(make_run(100, 0, stored=asked), asked)
+    assert any("is the candidate itself" in c.reason for c in found.checks)
+    asked = with_policy(baselines=(CANDIDATE,))
+    assert judged(make_run(100, 0, stored=asked, name="alone"), asked).verdict is Verdict.INCONCLUSIVE
+
+
+def test_an_incumbent_has_no_control_and_the_damage_of_the_first_bf16(
+    make_run: MakeRun, with_policy: Callable[..., Policy]
+):
+    """bf16 is judged against the fp8 that it would replace: the run holds a control and damage of bf16 alone."""
+    asked = with_policy(decide=("bf16",), baselines=("fp8_ds_mla",), limits=())
+    found = judged(make_run(stored=asked), asked)
+    said = {check.name: check for check in found.checks}
+    control = said["control: needle, exact_match (answer)"]
+    assert control.verdict is Verdict.NON_INFERIOR
+    assert f"{CANDIDATE} has no control" in control.reason
+    assert "decides nothing" in control.reason
+    assert f"(0.2 of a value of {BASELINE}) cost" in said["sensitivity: needle, exact_match (answer)"].reason
+    assert found.verdict is Verdict.NON_INFERIOR
+
+
+def test_graded_scores_that_agree_with_their_control_need_no_interval(make_run: MakeRun, policy: Policy):
+    before = np.random.default_rng(0).uniform(0.4, 0.9, size=DOCUMENTS)
+    few = before.copy()
+    few[:3] -= 0.3
+    noise = np.random.default_rng(1).normal(0.0, 0.05, size=DOCUMENTS)
+    answers = {BASELINE: before, CONTROL: few, DAMAGED: before - 0.1 + noise, CANDIDATE: before + noise}
+    found = judged(make_run(answers={arm: x.tolist() for arm, x in answers.items()}), policy)
+    assert found.verdict is Verdict.NON_INFERIOR
+    assert any("in other batches loses +0.2 points" in check.reason for check in found.checks)
 
 
 def test_few_clusters_are_inconclusive_and_clustered_losses_count_for_less(
@@ -231,6 +370,22 @@ def test_another_policy_is_post_hoc_and_exits_11(
     assert judgement.post_hoc
     assert judgement.exit_code == 11
     assert judge(make_run(6, 6, stored=None, name="without"), policy).exit_code == 11
+
+
+def test_a_policy_counts_as_stored_before_the_first_stage_and_by_its_text(make_run: MakeRun, policy: Policy):
+    stored = PolicyRecord(name=policy.name, sha256=policy.sha256, text=policy.to_json())
+    late = make_run(stored=None, name="late", written=[stored])
+    assert judge(late, policy).post_hoc
+    run = make_run()
+    assert not judge(run, policy).post_hoc
+    path = run / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(
+        "".join(to_line(replace(stored, text="{}")) if '"kind": "policy"' in x else x for x in lines)
+    )
+    judgement = judge(run, policy)
+    assert judgement.post_hoc
+    assert judgement.exit_code == 11
 
 
 def test_an_exception_holds_until_its_day(make_run: MakeRun, with_policy: Callable[..., Policy]):
