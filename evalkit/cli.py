@@ -1,8 +1,10 @@
 """The command line. Each command reads its input, calls one function, and prints where the result lies."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Self
 
@@ -16,6 +18,10 @@ from evalkit.errors import InputError
 __all__ = ["BAD_INPUT", "app", "main"]
 
 CLICK_USAGE = 2
+# What the machine refuses, which no change of the code would help.
+REFUSED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS,
+}  # fmt: skip
 
 app = typer.Typer(
     name="evalkit",
@@ -66,6 +72,9 @@ class _ExitCode:
                     self.value = BAD_INPUT
             case InputError():
                 print("evalkit: " + " ".join(str(error).split()), file=sys.stderr)
+                self.value = BAD_INPUT
+            case OSError(errno=number, filename=str() | Path() as name) if number in REFUSED:
+                print(f"evalkit: {name}: {error.strerror}", file=sys.stderr)
                 self.value = BAD_INPUT
             case KeyboardInterrupt():
                 self.value = INTERRUPTED

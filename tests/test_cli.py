@@ -1,12 +1,21 @@
+import errno
+import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from evalkit import cli, kv
 from evalkit.commands import runs
+from evalkit.gate import policy, verdict
+from evalkit.records import EnvironmentRecord, RunDirectory, StageRecord, VerdictRecord, only
 
 COMMANDS = ["run", "layers", "kld", "tasks", "report", "calibrate", "formats", "doctor", "lm-eval"]
 
@@ -84,6 +93,17 @@ def test_a_crash_shows_its_trace_and_exits_70(
     assert "ZeroDivisionError: planted" in err
 
 
+def test_what_the_machine_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(path: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/summary.md")
+
+    monkeypatch.setattr(runs, "_newest", full)
+    assert exit_code("report") == 64
+    assert capsys.readouterr().err == "evalkit: runs/a/summary.md: No space left on device\n"
+
+
 def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch):
     def interrupt(path: object) -> None:
         raise KeyboardInterrupt
@@ -136,4 +156,132 @@ def test_lm_eval_receives_its_arguments_untouched(monkeypatch: pytest.MonkeyPatc
     assert received == [
         ["run", "--model", "evalkit", "--tasks", "gsm8k", "--help"],
         ["--model", "evalkit", "--limit", "8"],
+    ]
+
+
+# The gate, beside others
+
+DEFAULT = Path(cli.__file__).parents[1] / "tasks/policies/default.toml"
+OTHERS = 65534  # nobody's
+
+
+@pytest.fixture
+def small() -> Iterator[Path]:
+    """A run that holds where it ran and nothing else, in a place that every user may enter."""
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        made = RunDirectory.create(Path(place), "small", {}, "evalkit run")
+        with made.stage("environment") as write:
+            write.write(
+                EnvironmentRecord(
+                    commit=None, python="3.12.1", packages={}, device="cpu", gpu=None, dtype="float32", checkpoint="nano",
+                    checkpoint_sha256="c" * 64, flags={}, command="evalkit run", started_utc="2026-01-31T12:00:00+00:00",
+                )
+            )  # fmt: skip
+        yield made.path
+
+
+@pytest.fixture
+def as_another_user(small: Path) -> Iterator[None]:
+    """Whoever may read the run's files and write none of them."""
+    for path in (*small.rglob("*"), small):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    if os.geteuid() != 0:
+        small.chmod(0o555)
+        (small / "run.json").chmod(0o444)
+        yield
+        small.chmod(0o755)
+        return
+    try:
+        os.seteuid(OTHERS)
+    except OSError as error:
+        pytest.skip(f"root cannot become another user here: {error}")
+    yield
+    os.seteuid(0)
+
+
+def test_a_run_that_cannot_be_written_to_is_judged(
+    small: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+):
+    """As an archived one: the verdict is printed, the exit code is its own, and a line says what is missing."""
+    text = DEFAULT.read_text()
+    before = {path: path.read_bytes() for path in small.iterdir()}
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "policy.toml")
+        file.write_text(text)
+        Path(place).chmod(0o755)
+        request.getfixturevalue("as_another_user")
+        assert exit_code("gate", str(small), "--policy", str(file)) == 11
+        out, err = capsys.readouterr()
+        assert out.startswith("INCONCLUSIVE  all that decide")
+        assert (
+            err
+            == f"evalkit: the run could not store this judgement: {small / 'run.json'}: Permission denied\n"
+        )
+        assert {path: path.read_bytes() for path in small.iterdir()} == before
+        if os.geteuid() == OTHERS:
+            os.seteuid(0)
+
+
+def test_a_gate_says_what_it_judged_whatever_is_stored_after_it(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Two gates of a matrix end in either order; neither may print, or report to CI, what the other found."""
+    other = verdict.judge(small, replace(policy.load(DEFAULT), name="of another gate"))
+    real = verdict.store
+
+    def store_then_another(run: Path, judgement: verdict.Judgement) -> None:
+        real(run, judgement)
+        real(run, other)
+
+    monkeypatch.setattr(verdict, "store", store_then_another)
+    assert exit_code("gate", str(small), "--policy", str(DEFAULT)) == 11
+    mine = policy.load(DEFAULT).name
+    assert f"Policy {mine} (" in capsys.readouterr().out
+    assert ET.parse(small / "junit.xml").getroot().get("name") == mine
+    overall = [r.policy for r in only(RunDirectory(small).read(), VerdictRecord) if r.check == "overall"]
+    assert overall == [mine, "of another gate"]
+
+
+def test_gates_at_once_each_store_their_own(small: Path, tmp_path: Path):
+    """Both read that the run was judged so often and take the next number."""
+    files, text = [], DEFAULT.read_text()
+    for name in ("first", "second", "third"):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(re.sub(r"^name = .*", f'name = "{name}"', text, count=1, flags=re.MULTILINE))
+        files.append(file)
+    gates = [
+        subprocess.Popen(
+            [sys.executable, "-m", "evalkit.cli", "gate", str(small), "--policy", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for file in files
+    ]
+    said = [gate.communicate(timeout=120) for gate in gates]
+    for gate, file, (out, err) in zip(gates, files, said, strict=True):
+        assert (gate.returncode, err) == (11, "")
+        assert f"Policy {file.stem} (" in out
+    records = RunDirectory(small).read()
+    stages = [record.stage for record in only(records, StageRecord)]
+    assert stages == ["environment", "gate 1", "gate 2", "gate 3"]
+    overall = [r.policy for r in only(records, VerdictRecord) if r.check == "overall"]
+    assert sorted(overall) == ["first", "second", "third"]
+
+
+def test_a_judgement_follows_two_that_were_made_in_one_second(small: Path):
+    """Times to the second are one time; the stages are two."""
+    first, second = (replace(policy.load(DEFAULT), name=name) for name in ("first", "second"))
+    for one in (first, second):
+        verdict.store(small, verdict.judge(small, one))
+    path = small / "records.jsonl"
+    path.write_text(
+        re.sub('"judged_utc": "[^"]*"', '"judged_utc": "2026-01-31T12:00:00+00:00"', path.read_text())
+    )
+    verdict.store(small, verdict.judge(small, replace(first, name="third", alpha=0.01)))
+    assert [r.stage for r in only(RunDirectory(small).read(), StageRecord)][1:] == [
+        "gate 1",
+        "gate 2",
+        "gate 3",
     ]

@@ -1,6 +1,8 @@
 """Judge a run by a policy, and plan one."""
 
+import sys
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -33,11 +35,16 @@ def gate(
     with ExitStack() as stack:
         path = stack.enter_context(bundle.opened(run)) if run.is_file() else run
         judgement = verdict.judge(path, limits, against)
-        verdict.store(path, judgement)
-        terminal.show_verdicts(path)
+        said = verdict.verdict_records(judgement, datetime.now(UTC))
+        terminal.show_verdicts(said)
         if path is run:  # a bundle stays as it was signed
-            for write in (markdown.write, html.write, junit.write):
-                print(write(run))
+            try:
+                verdict.store(path, judgement)
+                for page in (markdown.write(path), html.write(path), junit.write(path, said)):
+                    print(page)
+            except OSError as error:  # an archived run: the judgement counts all the same
+                where = f"{error.filename}: {error.strerror}"
+                print(f"evalkit: the run could not store this judgement: {where}", file=sys.stderr)
     raise typer.Exit(judgement.exit_code)
 
 

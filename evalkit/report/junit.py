@@ -1,24 +1,27 @@
 """junit.xml: the last judgement as test cases, one a check, for what shows continuous integration."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from evalkit.errors import InputError
-from evalkit.records import Record, VerdictRecord, last_judgement, read, write_whole
+from evalkit.records import Record, VerdictRecord, last_judgement, write_whole
 
 PASSED, ANOMALOUS = "NON-INFERIOR", "ANOMALOUS"
 SUMS = ("overall", "candidate")
+# What XML 1.0 has no way to write, not even as a reference.
+UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def write(run: Path) -> Path:
-    """Write junit.xml beside a run's records and return where it lies.
+def write(run: Path, records: Sequence[Record]) -> Path:
+    """Write junit.xml of the last judgement in `records` beside a run's own and return where it lies.
 
     Raises:
-        InputError: `run` is no run directory, or was not judged.
+        InputError: there is no judgement.
     """
     path = run / "junit.xml"
-    write_whole(path, render(read(run)))
+    write_whole(path, render(records))
     return path
 
 
@@ -26,6 +29,7 @@ def render(records: Sequence[Record]) -> str:
     """The last judgement as XML: a suite a candidate, a case a check.
 
     What is ANOMALOUS is an error, and what is WORSE or INCONCLUSIVE a failure: a skipped case would read as passed.
+    Characters that XML 1.0 does not allow read as U+FFFD.
 
     Raises:
         InputError: there is no judgement.
@@ -46,7 +50,8 @@ def render(records: Sequence[Record]) -> str:
         for record in mine:
             _case(suite, record)
     ET.indent(root)
-    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    text = ET.tostring(root, encoding="unicode", xml_declaration=True)
+    return UNWRITABLE.sub("\ufffd", text) + "\n"
 
 
 def _case(suite: ET.Element, record: VerdictRecord) -> None:

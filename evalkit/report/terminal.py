@@ -1,6 +1,7 @@
 """The tables a terminal shows when a run ends."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from evalkit.records import read
+from evalkit.records import Record, read
 from evalkit.report import attribution, ranges, starts, tables
 from evalkit.report.answers import answers
 from evalkit.report.tables import Table
@@ -42,14 +43,10 @@ def show(run: Path, console: Console | None = None) -> None:
         console.print(Text(sentence))
 
 
-def show_verdicts(run: Path, console: Console | None = None) -> None:
-    """Print a run's last judgement: each verdict, its reason, and what it would take.
-
-    Raises:
-        InputError: `run` is not a run directory that this version reads.
-    """
+def show_verdicts(records: Sequence[Record], console: Console | None = None) -> None:
+    """Print the last judgement in `records`: each verdict, its reason, and what it would take."""
     console = console or Console(width=None if sys.stdout.isatty() else 132)
-    table = tables.verdicts(read(run))
+    table = tables.verdicts(records)
     for candidate, verdict, reason, needs in table.rows:
         console.print(Text(f"{verdict}  {candidate}", style="bold"))
         console.print(Text(reason))

@@ -70,7 +70,20 @@ def test_a_post_hoc_judgement_fails():
     assert "POST-HOC" in tables.verdicts(passed).caption
 
 
+def test_what_xml_has_no_way_to_write_is_replaced():
+    """A policy's name is text of any kind, and a file that does not parse shows no failure."""
+    odd, seen = (
+        "a\x07b\x00\ud800\ufffe<&>\t\u2028\U0001f600",
+        "a\ufffdb\ufffd\ufffd\ufffd<&>\t\u2028\U0001f600",
+    )
+    text = junit.render(judgement(policy=odd, reason=odd, needs=odd))
+    text.encode("utf-8")
+    root = ET.fromstring(text)
+    assert root.get("name") == seen
+    assert {(found.get("message"), found.text) for found in root.iter("failure")} == {(seen, seen)}
+
+
 def test_a_run_that_was_not_judged_is_refused(run: RunDirectory, tmp_path: Path):
     with pytest.raises(InputError, match="was not judged"):
-        junit.write(run.path)
+        junit.write(run.path, run.read())
     assert not (run.path / "junit.xml").exists()
