@@ -8,6 +8,7 @@ import os
 import re
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
@@ -302,8 +303,9 @@ def _from_text(key: str, text: str) -> Any:
     raw: object = text
     if "an integer" in takes and re.fullmatch(r"[+-]?\d+", text):
         raw = int(text)
-    elif "a number" in takes and re.fullmatch(r"[+-]?\d*\.?\d+", text):
-        raw = float(text)
+    elif "a number" in takes:
+        with suppress(ValueError):
+            raw = float(text)
     elif "true or false" in takes and text in ("true", "false"):
         raw = text == "true"
     elif "list" in takes and text != "default":

@@ -99,6 +99,19 @@ def test_the_configurations_of_this_project_are_read():
         assert RunConfig.load(path).name == path.stem
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.5", 0.5), ("5e-1", 0.5), ("1.", 1.0), (".25", 0.25), ("1", 1.0)]
+)
+def test_a_number_may_be_written_in_any_way_that_numbers_are(text: str, value: float):
+    assert RunConfig.load(None, ["engine=vllm", f"memory_share={text}"]).memory_share == value
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "half", "0.5 0.5", "1,5"])
+def test_what_is_no_share_is_refused(text: str):
+    with pytest.raises(InputError, match="memory_share is"):
+        RunConfig.load(None, ["engine=vllm", f"memory_share={text}"])
+
+
 def test_a_batch_size_is_a_number_or_left_to_the_device():
     assert RunConfig().batch_size == "auto"
     assert RunConfig.load(None, ["batch_size=4"]).batch_size == 4
