@@ -122,13 +122,15 @@ def divergence(records: Sequence[Record]) -> Table:
         title="First divergence",
         caption=(
             "The first layer whose attention error is above the named floor on the same tokens (the multiple's lower end above 1), "
-            "each layer fed the reference's input (isolated) and the whole model run (propagated)."
+            "each layer fed the reference's input (isolated) and the whole model run (propagated); of another kernel's floor also "
+            "the multiple there, and the lower end of its 95 % interval."
         ),
-        columns=("candidate", "phase", "mode", "floor", "first layer", "relative L2 there"),
+        columns=("candidate", "phase", "mode", "floor", "first layer", "relative L2 there", "multiple there", "its lower end"),
         rows=tuple(
             (
                 r.candidate, r.phase, r.mode, FLOOR_NAMES.get(r.floor, r.floor),
                 f"none of {r.layers}" if r.first_layer is None else str(r.first_layer), number(r.relative_l2),
+                *((number(r.multiple), number(r.multiple_lower)) if r.floor == KERNEL else (NA, NA)),
             )
             for r in ordered(records, only(records, DivergenceRecord))
         ),

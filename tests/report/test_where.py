@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from evalkit.records import (
+    DivergenceRecord,
     FloorRecord,
     MissingScaleRecord,
     MultipleRecord,
@@ -43,6 +44,19 @@ def test_below_the_floor_needs_the_intervals_upper_end(
     figures: tuple[float, float | None, float | None], words: str
 ):
     assert where.in_words(multiple(*figures)) == words
+
+
+@pytest.mark.parametrize(
+    ("floor", "there"), [(where.KERNEL, ("3.2", "2.1")), ("floor:noise", ("n/a", "n/a"))], ids=str
+)
+def test_the_first_divergence_shows_what_it_was_told_by(floor: str, there: tuple[str, str]):
+    """Only another kernel's floor has multiples; another floor stands by its name alone."""
+    record = DivergenceRecord(
+        candidate=FP8, phase="decode", mode="isolated", probe="attention", floor=floor, first_layer=4, relative_l2=0.031,
+        multiple=3.2, multiple_lower=2.1, interval_method="16 blocks", layers=6,
+    )  # fmt: skip
+    (row,) = where.divergence([record]).rows
+    assert row[4:] == ("4", "0.031", *there)
 
 
 def test_only_another_kernels_floor_has_multiples_and_the_others_stand_by_name():
