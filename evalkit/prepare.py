@@ -24,8 +24,9 @@ from evalkit.evaluate.engines.arms import Arm
 from evalkit.evaluate.engines.choose import DEFAULT_CANDIDATES, NativeScorer, Scorer, serve
 from evalkit.evaluate.engines.native import auto_batch_size
 from evalkit.evaluate.lm import EvalkitLM
-from evalkit.evaluate.tasks import load_tasks, refuse_long_prompts
+from evalkit.evaluate.tasks import load_tasks, refuse_long_prompts, scored
 from evalkit.evaluate.texts import read_texts
+from evalkit.gate import beforehand
 from evalkit.gate.policy import Policy
 from evalkit.gate.policy import load as load_policy
 from evalkit.kv import Scales
@@ -79,7 +80,8 @@ def prepare(config: RunConfig) -> Prepared:
     """Load and check everything that a run needs.
 
     Raises:
-        InputError: a checkpoint, candidate, prompt or task is not usable; nothing has been written.
+        InputError: a checkpoint, candidate, prompt or task is not usable, or a policy asks for what the run will not
+            have; nothing has been written.
     """
     checkpoint = resolve_checkpoint(config.checkpoint)
     policy = None if config.policy is None else load_policy(config.policy)
@@ -87,6 +89,8 @@ def prepare(config: RunConfig) -> Prepared:
     profile = load_profile(config.profile)
     if config.stages == ("tasks",) and not config.tasks:
         raise InputError("tasks is empty: name at least one, such as evalkit_needle_1024")
+    if policy is not None:
+        _refuse_unanswered(policy, config)
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     streamed = should_stream(checkpoint, config.device, dtype, config.stream)
     identity = sampled_identity(checkpoint) if streamed else None
@@ -102,6 +106,7 @@ def prepare(config: RunConfig) -> Prepared:
     config = config.with_values(batch_size=batch_size)
     candidates = tuple(model.evalkit.resolve(text) for text in requested)
     _refuse_twice(candidates, requested)
+    _refuse_absent(policy, config, requested, candidates)
     lm = EvalkitLM(model, candidate=candidates[0], batch_size=batch_size)
     documents = _documents(config, lm)
     if config.phase_tokens and "layers" in config.stages:
@@ -136,7 +141,7 @@ def prepare(config: RunConfig) -> Prepared:
         ranges=[rescale.record(profile, one) for one in given],
         lm=lm,
         scorer=scorer,
-        arms=_arms(scorer, policy),
+        arms=_arms(scorer, policy, config.task_documents),
         requested=requested,
         candidates=candidates,
         scales=scales,
@@ -183,6 +188,7 @@ def _served(
     environment.exact_numerics()  # what engines show of their layers is compared here
     scorer = serve(config, checkpoint, requested)
     _refuse_twice(scorer.candidates, requested)
+    _refuse_absent(policy, config, requested, scorer.candidates)
     lm, documents = EvalkitLM(engine=scorer.asked), []
     if "layers" in config.stages:
         # A prompt has to arrive in one piece, or its tensors would be in several.
@@ -202,7 +208,7 @@ def _served(
         ranges=(),
         lm=lm,
         scorer=scorer,
-        arms=_arms(scorer, policy),
+        arms=_arms(scorer, policy, config.task_documents),
         requested=requested,
         candidates=scorer.candidates,
         scales={},
@@ -212,14 +218,34 @@ def _served(
     )
 
 
-def _arms(scorer: Scorer, policy: Policy | None) -> list[Arm]:
-    return scorer.arms(None if policy is None else policy.damage.noise)
+def _arms(scorer: Scorer, policy: Policy | None, documents: int) -> list[Arm]:
+    if policy is None:
+        return scorer.arms(None)
+    if told := beforehand.unplanned(policy, documents):
+        print(told, file=sys.stderr)
+    return scorer.arms(policy.damage.noise)
 
 
 def _refuse_twice(candidates: Sequence[Candidate], requested: Sequence[str]) -> None:
     for place, candidate in enumerate(candidates):
         if candidate in candidates[:place]:
             raise InputError(f"candidates name {candidate} twice: {requested[place]!r} is the same again")
+
+
+def _refuse_unanswered(policy: Policy, config: RunConfig) -> None:
+    """Refuse endpoints and limits that the run records nothing of."""
+    asked = config.tasks if "tasks" in config.stages else ()
+    tasks = load_tasks(asked, config.task_documents, config.seed, config.data) if asked else ()
+    beforehand.refuse_unscored(policy, str(config.policy), scored(tasks))
+    beforehand.refuse_unmeasured(policy, str(config.policy), config)
+
+
+def _refuse_absent(
+    policy: Policy | None, config: RunConfig, requested: Sequence[str], candidates: Sequence[Candidate]
+) -> None:
+    if policy is not None:
+        named = dict(zip(requested, map(str, candidates), strict=True))
+        beforehand.refuse_absent(policy, str(config.policy), named)
 
 
 def _documents(config: RunConfig, lm: EvalkitLM) -> list[Tensor]:

@@ -24,6 +24,7 @@ from evalkit.errors import InputError
 from evalkit.evaluate.engines.timing import Call, StepTime, step_time
 from evalkit.evaluate.lm import Coverage, EvalkitLM
 from evalkit.evaluate.transcripts import transcript
+from evalkit.gate.beforehand import Scored
 from evalkit.records import SampleRecord, TaskRecord
 from evalkit.stats import paired
 
@@ -195,6 +196,21 @@ def load_tasks(
         task.set_fewshot_seed(seed=seed)
         _refuse_unpaired(task)
     return tuple(tasks)
+
+
+def scored(tasks: Sequence[Task]) -> dict[str, Scored]:
+    """What samples of each task will name."""
+    found = {}
+    for task in tasks:
+        own = (
+            callable(task.config.process_results)
+            or type(task).process_results is not lm_eval.api.task.ConfigurableTask.process_results
+        )
+        found[task.task_name] = Scored(
+            metrics=None if own else [metric for metric in task.aggregation() if _paired(task, metric)],
+            filters=[one.name for one in task._filters],
+        )
+    return found
 
 
 def _manager(names: Sequence[str], metadata: dict[str, Any]) -> TaskManager:
