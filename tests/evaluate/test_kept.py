@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -9,6 +11,7 @@ from evalkit.errors import InputError
 from evalkit.evaluate.engines import kept
 from evalkit.evaluate.engines.base import Label, Prompt, Span
 from evalkit.evaluate.engines.kept import Kept, Questions, key_of, question
+from evalkit.files import locked
 
 
 def prompt(number, ids):
@@ -89,3 +92,35 @@ def test_a_question_keeps_its_name_so_that_older_folders_go_on():
         "score",
         {"context": [4], "continuation": [5, 6], "label": "request document ?"},
     )
+
+
+def test_what_another_process_is_writing_is_not_cut(tmp_path):
+    path, line = tmp_path / "answers", json.dumps({"key": "b", "answer": 2, "seconds": 0.5}) + "\n"
+    first = Kept(path, "x")
+    with ThreadPoolExecutor(2) as pool:
+        with locked(path):
+            with path.open("a") as file:
+                file.write(line[:9])
+            opened, kept_first = pool.submit(Kept, path, "x"), pool.submit(first.keep, "a", 1)
+            time.sleep(0.2)
+            assert not opened.done()
+            assert not kept_first.done()
+            with path.open("a") as file:
+                file.write(line[9:])
+        kept_first.result(20)
+        assert opened.result(20).answers["b"] == 2
+    assert Kept(path, "x").answers == {"a": 1, "b": 2}
+
+
+def test_a_line_that_a_killed_process_left_is_cut(tmp_path):
+    Kept(tmp_path / "answers", "x").keep("a", 1)
+    with (tmp_path / "answers").open("a") as file:
+        file.write('{"key": "b", "ans')
+    Kept(tmp_path / "answers", "x").keep("c", 3)
+    assert Kept(tmp_path / "answers", "x").answers == {"a": 1, "c": 3}
+
+
+def test_processes_that_begin_a_file_together_begin_one(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: Kept(tmp_path / "answers", "x"), range(32)))
+    assert (tmp_path / "answers").read_text() == '{"identity": "x"}\n'

@@ -109,6 +109,14 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_asked_twice(start, prompt
     }
     keys = [one["key"] for one in kept(engine.folder)]
     assert len(keys) == len(set(keys)) == 3
+    engine.close()
+
+    before = {log.name: log.read_text() for log in engine.folder.glob("*.log")}
+    assert "illegal memory access" in before["engine.log"]
+    start().start()
+    logs = {log.name: log.read_text() for log in engine.folder.glob("*.log")}
+    assert {name: logs[name] for name in before} == before, "another process keeps the log of what died"
+    assert sorted(logs) == ["engine-2.log", "engine-3.log", "engine.log"]
 
 
 def test_a_killed_run_asks_for_the_rest_only(start, prompts, tmp_path):

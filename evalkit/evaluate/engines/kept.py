@@ -12,10 +12,13 @@ from typing import Any
 
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.base import Prompt, Span
+from evalkit.files import locked
 
 
 class Kept:
     """A file of answers by what was asked, each with the seconds that it took; older files have none, which are 0.
+
+    Several processes may keep theirs in one file; each sees those that were there when it opened it, and its own.
 
     Args:
         path: the file; made where it is not there.
@@ -30,22 +33,25 @@ class Kept:
         self.answers: dict[str, Any] = {}
         self._seconds: dict[str, float] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_bytes() if path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]  # the last line of a killed run may be cut
-        lines = whole.splitlines()
-        if lines:
-            self._read(lines, identity)
-        with path.open("r+b" if text else "wb") as file:
-            file.truncate(len(whole))
-        if not lines:
-            self._append({"identity": identity})
+        with locked(path):
+            text = path.read_bytes()
+            # Of a process that was killed the last line may be cut.
+            whole = text[: text.rfind(b"\n") + 1]
+            lines = whole.splitlines()
+            if lines:
+                self._read(lines, identity)
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+            if not lines:
+                self._append({"identity": identity})
 
     def keep(self, key: str, answer: Any, seconds: float = 0.0) -> None:
         """Add one answer; it is on disk when this returns."""
         if key in self.answers:
             raise ValueError(f"{self.path}: {key} is answered already")
         self.answers[key], self._seconds[key] = answer, seconds
-        self._append({"key": key, "answer": answer, "seconds": seconds})
+        with locked(self.path):
+            self._append({"key": key, "answer": answer, "seconds": seconds})
 
     def seconds(self, requests: Sequence[Prompt | Span]) -> float:
         """What the answers to these took, in whichever processes: of one that was killed, up to its last answer."""

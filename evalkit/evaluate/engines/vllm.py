@@ -25,7 +25,8 @@ from evalkit.progress import progress
 from evalkit.records import write_whole
 
 WORKER = "evalkit.evaluate.engines.worker"
-ANSWERS, LOG, PROOF = "answers.jsonl", "engine.log", "proof.json"
+ANSWERS, PROOF = "answers.jsonl", "proof.json"
+LOG, LOGS = "engine.log", "engine*.log"
 TRIES = 3  # a death is an accident twice
 
 
@@ -34,7 +35,7 @@ class VllmEngine:
 
     Args:
         launch: what to start it with.
-        folder: its answers, log and proof; a killed run goes on with the same one.
+        folder: its answers, a log of every start, and its proof; a killed run goes on with the same one.
         logprobs: how many of the likeliest tokens to tell beside each generated one; None tells none.
         environment: added to the worker's.
         python: the interpreter of vLLM's environment; None is this one.
@@ -188,7 +189,8 @@ class VllmEngine:
             if self._worker is not None:
                 return self._worker
             self.starts += 1
-            log = self.folder / (LOG if self.starts == 1 else f"engine-{self.starts}.log")
+            before = len(list(self.folder.glob(LOGS)))
+            log = self.folder / (f"engine-{before + 1}.log" if before else LOG)
             worker = self._worker = Worker(WORKER, log, self._environment, self.python)
         try:
             message = {"do": "start", "launch": self.launch.to_json(), "stop_ids": list(self.stop_ids)}
