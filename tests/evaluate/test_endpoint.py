@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
             shown = [None, *(-(token % 7) / 10 for token in asked["prompt"][1:]), -0.5]
             best = [None, *({"a": -0.1} for _ in shown[1:])]
             choice["logprobs"] = {"token_logprobs": shown, "top_logprobs": best}
-        return self.reply({"choices": [choice], "usage": {"prompt_tokens": read}})
+        return self.reply({"choices": [choice], "usage": faults.get("usage", {"prompt_tokens": read})})
 
 
 @pytest.fixture
@@ -142,6 +142,15 @@ def test_a_cut_prompt_or_answer_is_anomalous(serve, prompts):
     _, engine = serve("other", writes=4)
     with pytest.raises(TruncatedError, match=r"ANOMALOUS: .* stopped after 4 of 18 tokens"):
         list(engine.generate(prompts[1:2]))
+
+
+@pytest.mark.parametrize("usage", [None, {}])
+def test_a_server_that_does_not_say_what_it_read_is_refused(serve, prompts, usage):
+    _, engine = serve(usage=usage)
+    with pytest.raises(
+        InputError, match=r"does not say how many prompt tokens it read \(usage\.prompt_tokens\)"
+    ):
+        list(engine.generate(prompts))
 
 
 def test_a_server_that_comes_back_is_asked_again_and_nothing_twice(serve, prompts):

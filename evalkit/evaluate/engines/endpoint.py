@@ -147,6 +147,10 @@ class EndpointEngine:
         body = {"model": self.model, "prompt": ids, "temperature": 0.0, "seed": 0, **options}
         answer = self._post({key: value for key, value in body.items() if value is not None})
         read = (answer.get("usage") or {}).get("prompt_tokens")
+        if read is None:
+            raise InputError(
+                f"{self.url} does not say how many prompt tokens it read (usage.prompt_tokens): a cut prompt would not show"
+            )
         if read != len(ids):
             raise TruncatedError(
                 f"ANOMALOUS: {label}: {self.url} read {read} prompt tokens, {len(ids)} were sent: it cuts prompts, "
