@@ -51,7 +51,7 @@ def _check(one: Compared, p: dict[str, float], policy: Policy) -> Check:
     assert outcome.lower is not None
     assert outcome.upper is not None
     said = (
-        f"{_points(outcome.loss)} lost of {outcome.n} documents, between {_points(outcome.lower)} and "
+        f"{_points(outcome.loss)} lost of {outcome.counted}, between {_points(outcome.lower)} and "
         f"{_points(outcome.upper)} (margin {100 * margin:g})"
     )
     if p["lower"] <= policy.look_alpha:
@@ -93,13 +93,15 @@ def _check(one: Compared, p: dict[str, float], policy: Policy) -> Check:
     return Check(
         name=name,
         verdict=Verdict.INCONCLUSIVE,
-        reason=f"{said}: the margin lies within.",
+        reason=f"{said}: the margin lies within{outcome.unseen}.",
         needs=_needs(one, policy),
     )
 
 
 def _needs(one: Compared, policy: Policy) -> str:
     outcome = one.outcome
+    if outcome.needs:
+        return outcome.needs
     needed = still_needed(outcome, one.endpoint, policy)
     if needed is None:
         return "More documents."

@@ -7,7 +7,7 @@ the documents, so that a test's rejection probability at true loss = margin is
 
 a function of one unknown, the discordance d. Its maximum over d from the margin to 1 is the size. `critical_value`
 is raised from the normal quantile until the size is at most alpha; p-values are the size of the test that would just
-reject. Noninferiority is the lower tail (loss below the margin), "worse" the upper one.
+reject, and no less than the normal one. Noninferiority is the lower tail (loss below the margin), "worse" the upper one.
 """
 
 from functools import lru_cache
@@ -97,17 +97,18 @@ def critical_value(n: int, margin: float, alpha: float, tail: str = NONINFERIOR)
 def p_value(lost: float, gained: float, n: float, margin: float, tail: str = NONINFERIOR) -> float:
     """p of the test that the loss is not below (`noninferior`) or not above (`worse`) the margin.
 
-    Counts divided by a design effect are taken as they are for z; the enumeration rounds n down.
+    Counts divided by a design effect are taken as they are for z; the enumeration rounds n down. A critical value is no
+    less than the normal one, and neither is p.
     """
-    z = float(tango_z(lost, gained, n, margin))
-    return _size_at(int(n), margin, -z if tail == NONINFERIOR else z, tail)
+    z = float(tango_z(lost, gained, n, margin)) * (-1 if tail == NONINFERIOR else 1)
+    return max(_size_at(int(n), margin, z, tail), float(norm.sf(z)))
 
 
 def bounds(lost: float, gained: float, n: float, margin: float, alpha: float) -> Interval:
     """One-sided bounds of the loss, each at confidence 1 - alpha, that agree with the tests at `margin`.
 
-    The upper bound is below the margin exactly where noninferiority is shown, the lower above it exactly where the
-    candidate is worse.
+    The upper bound is below the margin where noninferiority is shown, the lower above it where the candidate is worse,
+    but for z within TOLERANCE of a critical value.
     """
     return Interval(
         score_edge(lost, gained, n, critical_value(int(n), margin, alpha, WORSE), -1.0),

@@ -8,7 +8,7 @@ Of graded scores it is `evalkit.stats.means`' bootstrap.
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import fsum, isfinite
+from math import fsum, isfinite, nan
 from typing import NamedTuple, Protocol
 
 from scipy.stats import binomtest, norm
@@ -97,7 +97,7 @@ def compare(baseline: Iterable[Scored], candidate: Iterable[Scored], alpha: floa
     """
     pairs: dict[Endpoint, list[tuple[float, float]]] = defaultdict(list)
     for key, before, after in join(baseline, candidate):
-        pairs[Endpoint(key.task, key.metric, key.filter)].append((_finite(key, before), _finite(key, after)))
+        pairs[Endpoint(key.task, key.metric, key.filter)].append((finite(key, before), finite(key, after)))
     return [
         (_binary if {score for pair in scores for score in pair} <= {0.0, 1.0} else _graded)(
             endpoint, scores, alpha
@@ -124,6 +124,21 @@ def join(
                 f"{len(missing)} of {len(other)} samples missing from the {side}: {_some(missing)}"
             )
     return [(key, score, after[key]) for key, score in before.items()]
+
+
+def finite(key: Key, score: float | None) -> float:
+    """The score as a float.
+
+    Raises:
+        PairingError: it is missing, not finite, or an integer beyond any float; the message names the document.
+    """
+    try:
+        value = nan if score is None else float(score)
+    except OverflowError:
+        raise PairingError(f"{key}: its score is larger than any float") from None
+    if not isfinite(value):
+        raise PairingError(f"{key}: its score is {'missing' if score is None else value}")
+    return value
 
 
 def mcnemar_p(lost: int, gained: int) -> float:
@@ -196,12 +211,6 @@ def _by_key(samples: Iterable[Scored], side: str) -> dict[Key, float | None]:
     if twice:
         raise PairingError(f"{len(twice)} samples come more than once in the {side}: {_some(twice)}")
     return dict(keyed)
-
-
-def _finite(key: Key, score: float | None) -> float:
-    if score is None or not isfinite(score):
-        raise PairingError(f"{key}: its score is {'missing' if score is None else score}")
-    return float(score)
 
 
 def _some(keys: list[Key]) -> str:
