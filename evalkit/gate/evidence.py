@@ -90,6 +90,13 @@ class Evidence:
         """An arm's samples of one endpoint."""
         return self._scored.get((arm, endpoint.task, endpoint.metric, endpoint.filter), [])
 
+    def asked(self, endpoint: PrimaryEndpoint) -> bool:
+        """Whether anything is left of any arm's answers to it."""
+        wanted = (endpoint.task, endpoint.metric, endpoint.filter)
+        left = [key[1:] for key in self._scored]
+        left += [(r.task, r.metric, r.filter) for r in only(self.records, TaskRecord)]
+        return wanted in left
+
     def tasks(self, arm: str, endpoint: PrimaryEndpoint) -> list[TaskRecord]:
         """What was recorded of an arm's endpoint: one, where nothing was changed."""
         wanted = (arm, endpoint.task, endpoint.metric, endpoint.filter)

@@ -45,6 +45,14 @@ def sample_checks(
     `place` names a run that is not the candidate's.
     """
     answered, whose = run.scored(arm, endpoint), f"{arm}{place}"
+    if not run.asked(endpoint):
+        yield Check(
+            name=f"samples: {endpoint}",
+            verdict=Verdict.INCONCLUSIVE,
+            reason=f"{run.path.name} did not score {endpoint}.",
+            needs="A run whose tasks have this metric and filter, or a policy that names what they have.",
+        )
+        return
     if run.documents is not None and len(answered) != run.documents:
         yield Check(
             name=f"samples: {endpoint}",

@@ -44,6 +44,8 @@ def compare_with(
             )
             continue
         yield from integrity.sample_checks(other, baseline.candidate, endpoint, policy, place)
+        if not (run.asked(endpoint) and other.asked(endpoint)):
+            continue
         apart = (
             None
             if other is run

@@ -1,6 +1,7 @@
 """A run that its policy could not be judged by is refused before anything is computed."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from evalkit.errors import InputError
 from evalkit.evaluate.tasks import load_tasks, scored
 from evalkit.gate.beforehand import Scored, refuse_absent, refuse_unmeasured, refuse_unscored, unplanned
 from evalkit.gate.policy import Limit, Policy
+from evalkit.gate.verdict import judge
+from evalkit.gate.words import Verdict
 
 POLICY = Path(__file__).parents[2] / "tasks" / "policies" / "default.toml"
 TASKS = {"needle": Scored(metrics=["exact_match"], filters=["answer"])}
@@ -149,3 +152,24 @@ def test_such_a_run_ends_in_a_line_and_leaves_nothing(
     assert line.startswith(f"evalkit: {file}: ")
     assert said in line
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("change", [{"filter": "anwser"}, {"metric": "acc"}, {"task": "neddle"}])
+def test_an_endpoint_that_was_not_scored_anyway_is_missing_and_no_anomaly(
+    make_run: Callable[..., Path], policy: Policy, change: dict[str, str]
+):
+    (endpoint,) = policy.endpoints
+    asked = replace(policy, endpoints=(endpoint, replace(endpoint, **change)))
+    run = make_run(stored=asked)
+    (judged,) = judge(run, asked).candidates
+    assert judged.verdict is Verdict.INCONCLUSIVE
+    assert f"{run.name} did not score {asked.endpoints[1]}." in [check.reason for check in judged.deciding]
+    assert all(check.needs for check in judged.deciding)
+
+
+def test_an_endpoint_whose_samples_are_gone_is_an_anomaly(make_run: Callable[..., Path], policy: Policy):
+    """What was recorded of them is left."""
+    run = make_run()
+    shutil.rmtree(run / "samples")
+    (judged,) = judge(run, policy).candidates
+    assert judged.verdict is Verdict.ANOMALOUS
