@@ -19,7 +19,7 @@ def gate(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Another run: its baselines serve, and each candidate is compared with itself there.",
+            help="Another run: its baselines are judged, too, and each candidate is compared with itself there.",
         ),
     ] = None,
 ) -> None:

@@ -1,6 +1,7 @@
 """A candidate's samples paired with a baseline's, of its own run or of another, and whether the pair can tell anything."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from evalkit.gate import integrity
 from evalkit.gate.endpoints import compare
@@ -82,10 +83,10 @@ def _pair(
             needs="The same documents, each once, in both arms.",
         )
         return
-    yield check_control(other, baseline, endpoint, policy)
+    place = "" if other is run else f" in {other.path.name}"
     in_range = check_baseline(baseline, endpoint, outcome, policy)
-    yield in_range
-    yield sensitive
-    whose = baseline if other is run else f"{baseline} in {other.path.name}"
+    for check in (check_control(other, baseline, endpoint, policy), in_range, sensitive):
+        yield replace(check, name=f"{check.name}{place}")
+    whose = f"{baseline}{place}"
     counts = comparable(run, other) and in_range.verdict is sensitive.verdict is Verdict.NON_INFERIOR
     compared.append(Compared(endpoint=endpoint, baseline=whose, outcome=outcome, counts=counts))
