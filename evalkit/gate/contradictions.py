@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from evalkit.candidate import Candidate
@@ -21,6 +22,21 @@ NUMBERS = {
     and kind != "sample"
     and (numbers := [name for name, hint in hints.items() if hint in (int, float, int | None, float | None)])
 }
+
+FLOORS = ("floor:kernel", "floor:split", "floor:batch", "floor:noise", "floor:start")
+# Every word that records may hold in these fields.
+WORDS = {
+    "mode": ("isolated", "propagated"),
+    "phase": (
+        "prefill", "decode", "cached_prefix", "second_turn", "chunked_prefill", "text", "prompt", "response",
+    ),
+    "probe": (
+        "latent", "rope", "index_scores", "selection", "attention", "values", "output", "routing", "hidden", "logits", "kl",
+    ),
+    "rung": ("format", "kernel", "total", *FLOORS),
+    "floor": FLOORS,
+    "frozen": ("none", "selection+routing"),
+}  # fmt: skip
 
 
 def refuse_contradictions(policy: Policy, where: str) -> None:
@@ -103,12 +119,16 @@ def _check_limit(limit: Limit, where: str) -> None:
             f"{where}: figure is {limit.figure!r}: a {limit.kind} record has {', '.join(numbers)}"
         )
     hints = HINTS[limit.kind]
-    for key in limit.where:
+    for key, word in limit.where.items():
         if key == "candidate":
             raise InputError(f"{where}: where: candidate is always the one that is judged: leave it out")
         if hints.get(key) is not str:
             texts = ", ".join(name for name, hint in hints.items() if hint is str and name != "candidate")
             raise InputError(f"{where}: where: {key!r} selects nothing: a {limit.kind} record has {texts}")
+        if key in WORDS and word not in WORDS[key]:
+            close = get_close_matches(word, WORDS[key], 1)
+            meant = f", did you mean {close[0]}?" if close else ""
+            raise InputError(f"{where}: where: {key} is {word!r}{meant}; there are {', '.join(WORDS[key])}")
     if (limit.at_most is None) == (limit.at_least is None):
         raise InputError(f"{where}: give at_most or at_least, one of them")
     if limit.breach not in BREACHES:

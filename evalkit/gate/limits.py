@@ -6,18 +6,10 @@ from datetime import date
 from typing import Any
 
 from evalkit.errors import InputError
+from evalkit.gate.contradictions import WORDS
 from evalkit.gate.policy import Exemption, Limit, Policy
 from evalkit.gate.words import Check, Verdict
 from evalkit.records import CandidateRecord, Record
-
-# Words that are right, of what a serving engine does not show: evidence that is missing.
-NOT_EVERYWHERE = {
-    "mode": ("isolated",),
-    "probe": ("attention", "hidden", "index_scores", "routing"),
-    "phase": ("decode",),
-    "rung": ("format", "kernel"),
-    "frozen": ("selection+routing",),
-}
 
 
 def check_limits(
@@ -99,10 +91,10 @@ def _where(record: Record) -> str:
 
 
 def _refuse_unknown_values(kind: Sequence[Record], limit: Limit) -> None:
-    """A word that no record holds would select nothing, and nothing would pass or be missed in silence."""
+    """A word that no record can hold would select nothing; one that could and does not is evidence that is missing."""
     for name, wanted in limit.where.items():
         held = {getattr(record, name) for record in kind}
-        if kind and wanted not in held and wanted not in NOT_EVERYWHERE.get(name, ()):
+        if kind and wanted not in held and wanted not in WORDS.get(name, ()):
             raise InputError(
                 f"policy: limit {limit.name}: no {limit.kind} record has {name} {wanted!r}; "
                 f"there are {', '.join(sorted(map(str, held)))}"

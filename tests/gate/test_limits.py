@@ -103,6 +103,14 @@ def test_an_exception_excuses_no_figure_that_was_not_recorded(
     assert found.needs
 
 
+def test_a_word_of_fields_without_a_fixed_list_is_refused_where_no_record_holds_it(
+    make_run: Callable[..., Path], with_policy: Callable[..., Policy]
+):
+    limit = Limit(name="n", figure="task.loss_upper", where={"task": "neddle"}, at_most=1.0)
+    with pytest.raises(InputError, match="no task record has task 'neddle'; there are needle"):
+        check(make_run(), with_policy(limits=(limit,)))
+
+
 def test_a_word_that_no_record_holds_is_refused(
     make_run: Callable[..., Path], with_policy: Callable[..., Policy]
 ):
@@ -121,6 +129,7 @@ def test_a_word_that_no_record_holds_is_refused(
         ("layer.relative_l2", {"probe": "routing"}),
         ("layer.relative_l2", {"frozen": "selection+routing"}),
         ("layer.relative_l2", {"mode": "isolated", "phase": "decode"}),
+        ("layer.relative_l2", {"rung": "floor:start"}),
     ],
 )
 def test_what_a_serving_engine_does_not_show_is_missing_and_no_unknown_word(

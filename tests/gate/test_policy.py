@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from evalkit.compare import arms, captured, noise, phases
+from evalkit.compare.capture import ATTENTION_PROBES
 from evalkit.errors import InputError
+from evalkit.gate.contradictions import WORDS
 from evalkit.gate.policy import load
 
 POLICIES = Path(__file__).parents[2] / "tasks" / "policies"
@@ -67,6 +70,9 @@ def refused(folder: Path, old: str, new: str) -> str:
         ("layer.relative_l2", "sample.score", "no such kind of record"),
         ("layer.relative_l2", "verdict.post_hoc", "no such kind of record"),
         ('probe = "attention"', 'prob = "attention"', "'prob' selects nothing"),
+        ('probe = "attention"', 'probe = "attenton"', "probe is 'attenton', did you mean attention?; there are latent"),
+        ('mode = "isolated"', 'mode = "alone"', "mode is 'alone'; there are isolated, propagated"),
+        ('rung = "total"', 'rung = "floor:"', "rung is 'floor:', did you mean floor:"),
         ('probe = "attention"', 'candidate = "bf16"', "candidate is always the one that is judged"),
         ('probe = "attention"', 'probe = ""', "where.probe is '': text that is not blank is right"),
         ("at_most = 0.01", "", "give at_most or at_least"),
@@ -177,6 +183,16 @@ def test_a_policy_that_plans_no_documents_keeps_the_hash_that_runs_have_stored()
         "validation-smoke": "12cb9444a17ff80daf512bd3c89bcd95d09814012bcbfeb86fb0bafb1d278295",
     }
     assert {name: load(POLICIES / f"{name}.toml").sha256 for name in hashes} == hashes
+
+
+def test_the_words_that_a_limit_may_select_by_are_those_of_the_records():
+    assert set(WORDS["mode"]) == {arms.ISOLATED, arms.PROPAGATED}
+    assert set(WORDS["frozen"]) == {"none", arms.FROZEN}
+    assert set(WORDS["probe"]) == ATTENTION_PROBES | set(captured.PROBES) | {"hidden", "logits", "kl"}
+    assert set(WORDS["phase"]) == set(phases.PHASES) | {"text", "prompt", "response"}
+    floors = {noise.KERNEL, noise.SPLIT, noise.BATCH, noise.NOISE, noise.START}
+    assert set(WORDS["floor"]) == floors
+    assert set(WORDS["rung"]) == floors | {"format", "kernel", "total"}
 
 
 def test_looks_are_at_multiples_of_the_documents_planned():

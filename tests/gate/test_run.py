@@ -8,6 +8,7 @@ import pytest
 from evalkit import cli, environment, pipeline
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
+from evalkit.gate.contradictions import WORDS
 from evalkit.gate.evidence import Evidence, damage_arm
 from evalkit.gate.policy import load
 from evalkit.gate.verdict import judge
@@ -54,6 +55,12 @@ def test_the_policy_is_stored_before_anything_is_scored(run: Path, config: RunCo
     assert kinds.index(PolicyRecord) < kinds.index(StageRecord)
     assert config.policy is not None
     assert Evidence.read(run).policy_sha256 == load(config.policy).sha256
+
+
+def test_every_word_that_a_run_records_may_be_selected_by(run: Path):
+    for record in RunDirectory(run).read():
+        for field, words in WORDS.items():
+            assert getattr(record, field, words[0]) in words
 
 
 def test_damage_is_planted_into_the_baseline_on_the_same_documents(run: Path, config: RunConfig):
