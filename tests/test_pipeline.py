@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from evalkit import cli, pipeline, prepare
+from evalkit import cli, environment, pipeline, prepare
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS, calibration_documents
@@ -189,9 +189,11 @@ def test_a_run_that_has_ended_is_left_as_it_is(run: RunDirectory, monkeypatch: p
 
 @pytest.mark.parametrize("stage", ["layers", f"tasks {CANDIDATES[1]}"])
 def test_a_run_killed_in_a_stage_goes_on_to_the_same_records(
-    stage: str, run: RunDirectory, config: RunConfig, tmp_path: Path
+    stage: str, run: RunDirectory, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The kill comes when the stage has written some of its records, so that half a stage lies on disk."""
+    # The checkout may change while the test runs.
+    monkeypatch.setattr(environment, "commit", lambda: "of the run")
     killed = RunDirectory.create(tmp_path, "killed", config.to_json(), "evalkit run")
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_IN, stage, str(killed.path)], stderr=subprocess.PIPE, text=True
@@ -215,11 +217,12 @@ import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from evalkit import pipeline, records
+from evalkit import environment, pipeline, records
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 
 torch.set_num_threads(1)
+environment.commit = lambda: "of the run"
 stage, path = sys.argv[1], Path(sys.argv[2])
 write, left = records.RecordWriter.write, 2
 

@@ -11,7 +11,7 @@ import pytest
 
 from evalkit import records
 from evalkit.errors import InputError
-from evalkit.files import locked, write_whole
+from evalkit.files import locked, replacing, write_whole
 from evalkit.records import Record, RunDirectory, SampleRecord, SelectionRecord, StageRecord, TaskRecord
 from evalkit.schema import HINTS, KINDS, to_line
 
@@ -341,3 +341,13 @@ def test_a_file_that_cannot_be_written_whole_stays_and_leaves_no_other(tmp_path:
     with pytest.raises(UnicodeEncodeError):
         write_whole(path, "new \ud800")
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("summary.md", "old")]
+
+
+def test_two_that_write_one_file_at_once_each_write_it_whole(tmp_path: Path):
+    path = tmp_path / "report.html"
+    with replacing(path) as partial:
+        partial.write_text("of the first, " * 1000)
+        write_whole(path, "of the second")
+        assert path.read_text() == "of the second"
+    assert path.read_text() == "of the first, " * 1000
+    assert list(tmp_path.iterdir()) == [path]
