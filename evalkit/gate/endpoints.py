@@ -217,5 +217,7 @@ def _with_tail(outcome: Outcome, rare: Tail, endpoint: PrimaryEndpoint, policy: 
             f", for of {rare.n} {units} {rare.lost} lost more than half of what one can lose and {rare.gained} gained it, "
             "which leaves open that so many others do"
         ),
-        needs=f"{more}, if no larger share is lost." if needed < inf else "A candidate that loses less.",
+        needs=f"{more}, if no larger share is lost."
+        if needed < inf
+        else f"Many more {units}, or a candidate that loses less.",
     )

@@ -44,7 +44,10 @@ class Tail:
         return self.rest + self.whole * score_edge(self.lost, self.gained, self.n, critical, 1.0)
 
     def needed(self, margin: float, alpha: float) -> float:
-        """Units with which `p` would be at most alpha if as large shares of them differed; inf where none will do."""
+        """Units with which `p` would be at most alpha if as large shares of them differed, to half a percent.
+
+        inf where none will do, or none below a hundred times as many.
+        """
         left = self._left(margin)
         if (self.lost - self.gained) / self.n >= left:
             return inf
@@ -57,7 +60,7 @@ class Tail:
             low, high = high, 2 * high
             if high > 100 * self.n:
                 return inf
-        while high - low > 1:
+        while high - low > max(1, high // 200):
             middle = (low + high) // 2
             low, high = (low, middle) if shown(middle) else (middle, high)
         return high
