@@ -11,9 +11,10 @@ import pytest
 from evalkit import cli
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
+from evalkit.evaluate.engines.choose import DEFAULT_CANDIDATES
 from evalkit.evaluate.tasks import load_tasks, scored
 from evalkit.gate.beforehand import Scored, refuse_absent, refuse_unmeasured, refuse_unscored, unplanned
-from evalkit.gate.policy import Limit, Policy
+from evalkit.gate.policy import Limit, Policy, load
 from evalkit.gate.verdict import judge
 from evalkit.gate.words import Verdict
 
@@ -113,6 +114,15 @@ def test_tasks_say_what_their_samples_will_name():
     own._config = copy.copy(own.config)
     own.config.process_results = lambda document, results: {"what it likes": 1.0}
     assert scored([own])["evalkit_registers_forced"].metrics is None
+
+
+def test_what_make_nightly_runs_is_what_its_policy_asks_for():
+    nightly = RunConfig.load(POLICY.parents[2] / "configs" / "nightly.toml")
+    policy = load(POLICY)
+    refuse_unscored(policy, str(POLICY), scored(load_tasks(nightly.tasks, 2, 0)))
+    refuse_unmeasured(policy, str(POLICY), nightly)
+    refuse_absent(policy, str(POLICY), {name: name for name in DEFAULT_CANDIDATES[nightly.engine]})
+    assert unplanned(policy, nightly.task_documents) == ""
 
 
 @pytest.mark.parametrize(
