@@ -42,9 +42,12 @@ def frame(out: Path, policy: Policy, config: RunConfig) -> RunDirectory:
     there = sorted(folder.glob("*/run.json"))
     directory = RunDirectory(there[-1].parent) if there else None
     if directory is None or not directory.done("layers"):
-        prepared = prepare.prepare(config.with_values(out=folder, stages=("layers",), tasks=()))
+        # Its tasks are scored elsewhere; a policy is refused for a run without them.
+        scored = tuple(dict.fromkeys(endpoint.task for endpoint in policy.endpoints))
+        prepared = prepare.prepare(config.with_values(out=folder, stages=("layers", "tasks"), tasks=scored))
         if directory is None:
-            directory = RunDirectory.create(folder, "decisions", prepared.config.to_json(), "decisions")
+            written = prepared.config.with_values(stages=("layers",), tasks=())
+            directory = RunDirectory.create(folder, "decisions", written.to_json(), "decisions")
         pipeline.describe(directory, prepared)
         pipeline.compare_layers(directory, prepared)
     stored = only(directory.read(), PolicyRecord)
