@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evalkit import cli, pipeline, prepare
+from evalkit import cli, environment, pipeline, prepare
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.engines import on_vllm
@@ -68,6 +68,7 @@ def stand_in():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", STAND_IN)
         patch.setenv("STAND_IN_VERSION", "0.33.0")
+        patch.setattr(environment, "commit", lambda: "of the run")  # the checkout may change meanwhile
         yield patch
 
 

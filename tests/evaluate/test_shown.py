@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evalkit import cli, pipeline, prepare
+from evalkit import cli, environment, pipeline, prepare
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.shown import Shown
@@ -60,6 +60,7 @@ def stand_in():
         patch.setenv("PYTHONPATH", STAND_IN)
         patch.setenv("STAND_IN_VERSION", "0.33.0")
         patch.setenv("STAND_IN_SCRIPT", json.dumps({"drift": 1e-3}))
+        patch.setattr(environment, "commit", lambda: "of the run")  # the checkout may change meanwhile
         yield patch
 
 
@@ -314,9 +315,10 @@ def test_layers_alone_record_what_ran(asked, warm_python, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from evalkit import pipeline, records
+from evalkit import environment, pipeline, records
 from evalkit.config import RunConfig
 
+environment.commit = lambda: "of the run"
 write, left = records.RecordWriter.write, 9
 
 def write_then_die(self, record):
@@ -364,7 +366,8 @@ def test_a_run_killed_while_layers_are_compared_starts_no_engine_again(asked, wa
 
 def test_a_run_killed_while_engines_show_asks_for_the_rest(asked, warm_python, tmp_path):
     run = begun(asked, counting(tmp_path, warm_python), tmp_path)
-    command = [sys.executable, "-m", "evalkit.cli", "run", "--resume", str(run.path)]
+    here = "from evalkit import cli, environment; environment.commit = lambda: 'of the run'; cli.main()"
+    command = [sys.executable, "-c", here, "run", "--resume", str(run.path)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
         began = time.monotonic()
         while not (shown := list(run.path.glob("engines/*/layers/0000.json"))):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evalkit
-from evalkit import cli, pipeline, prepare
+from evalkit import cli, environment, pipeline, prepare
 from evalkit.candidate import Candidate
 from evalkit.compare import noise
 from evalkit.compare.layers import LayerStream, calibrate, compare
@@ -311,6 +311,8 @@ def compared(run: RunDirectory) -> list[str]:
 def test_a_comparison_killed_at_its_third_layer_goes_on_there(
     streamed: bool, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The checkout may change while the test runs.
+    monkeypatch.setattr(environment, "commit", lambda: "of the run")
     config = config_of(checkpoints["glm_moe_dsa"], tmp_path, stream=streamed)
     whole = RunDirectory(pipeline.run(config))
     killed = RunDirectory.create(tmp_path, "killed", config.to_json(), "evalkit run")
@@ -338,11 +340,12 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from safetensors import safe_open
-from evalkit import pipeline, records
+from evalkit import environment, pipeline, records
 from evalkit.compare.layers import LayerStream
 from evalkit.config import RunConfig
 
 torch.set_num_threads(1)
+environment.commit = lambda: "of the run"
 path = Path(sys.argv[1])
 real = LayerStream.layer
 
