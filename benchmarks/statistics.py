@@ -1,12 +1,14 @@
 """What the statistics of evalkit hold, by enumeration and simulation: writes the tables of docs/statistics.md.
 
-    python -m benchmarks.statistics docs/statistics.md
+    python -m benchmarks.statistics docs/statistics.md [TABLE ...]
 
-Each is printed, too, as its rows are found.
+Each is printed, too, as its rows are found; without names, all are made.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
 from itertools import chain
 from math import ceil
 from pathlib import Path
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom, norm
 
 from benchmarks.pages import write_tables
+from evalkit.errors import InputError
 from evalkit.stats.exact import (
     NONINFERIOR,
     WORSE,
@@ -24,8 +27,11 @@ from evalkit.stats.exact import (
     rejection_edge,
     rejects,
 )
+from evalkit.stats.means import bootstrap_mean
 from evalkit.stats.power import Design, planned_documents, power
 from evalkit.stats.score import tango_z
+from evalkit.stats.tails import Tail
+from evalkit.stats.tails import tail as rare_losses
 
 MARGIN, ALPHA, RUNS = 0.02, 0.05, 100_000
 SIZES = (50, 100, 250, 500, 1_000, 2_000, 5_000)
@@ -34,13 +40,15 @@ LOSSES = (0.0, 0.005, 0.01)
 Rows = Iterator[tuple[str, ...]]
 
 
-def main(page: Path) -> None:
-    """Write every table into the page.
+def main(page: Path, names: Sequence[str] = ()) -> None:
+    """Write tables into the page, all of them without names.
 
     Raises:
-        InputError: the page lacks a place for one.
+        InputError: the page lacks a place for one, or there is none of a name.
     """
-    write_tables(page, {name: _shown(header, rows) for name, (header, rows) in TABLES.items()})
+    if unknown := set(names) - TABLES.keys():
+        raise InputError(f"no table {', '.join(sorted(unknown))}: there are {', '.join(TABLES)}")
+    write_tables(page, {name: _shown(*TABLES[name]) for name in names or TABLES})
 
 
 def _shown(header: Sequence[str], rows: Callable[[], Rows]) -> Iterator[str]:
@@ -107,36 +115,101 @@ def rejection_edge_two_sided(
     )
 
 
+# clusters, questions in each, ICC, discordance, margin; an ICC of None: questions differ apart, and clusters are lost whole
+CLUSTERED: tuple[tuple[int, int, float | None, float, float], ...] = (
+    (100, 4, 0.0, 0.13, 0.05),
+    (100, 2, 0.3, 0.13, 0.05),
+    (100, 4, 0.3, 0.13, 0.05),
+    (200, 4, 0.3, 0.13, 0.05),
+    (100, 4, 1.0, 0.05, 0.05),
+    (100, 4, 1.0, 0.02, 0.02),
+    (100, 10, 1.0, 0.02, 0.02),
+    (100, 4, 0.5, 0.02, 0.02),
+    (100, 10, 0.5, 0.02, 0.02),
+    (100, 4, 0.5, 0.03, 0.02),
+    (120, 10, 0.3, 0.02, 0.02),
+    (200, 10, 0.5, 0.02, 0.02),
+    (200, 10, 0.3, 0.04, 0.02),
+    (400, 4, 0.3, 0.02, 0.02),
+    (400, 2, 0.5, 0.16, 0.05),
+    (100, 10, None, 0.04, 0.02),
+    (200, 10, None, 0.04, 0.02),
+    (100, 10, None, 0.08, 0.05),
+)
+
+
 def clusters() -> Rows:
     """False NON-INFERIOR at a true loss of the margin, questions in clusters."""
-    for count, each, icc in ((100, 2, 0.3), (100, 4, 0.3), (200, 4, 0.3), (100, 4, 0.0)):
-        plain, adjusted = cluster_errors(count, each, icc, RUNS)
-        yield f"{count} x {each}", f"{icc:g}", f"{100 * plain:.1f} %", f"{100 * adjusted:.1f} %"
+    for count, each, icc, d, margin in CLUSTERED:
+        found = cluster_errors(count, each, icc, RUNS // 5, d, margin)
+        yield (
+            f"{count} x {each}",
+            "whole" if icc is None else f"{icc:g}",
+            f"{100 * d:g} %",
+            f"{100 * margin:g}",
+            *(f"{100 * x:.1f} %" for x in found),
+        )
 
 
-def cluster_errors(count: int, each: int, icc: float, runs: int, seed: int = 0) -> tuple[float, float]:
-    """How often documents taken as apart, and divided by their design effect, show what is not so.
+def cluster_errors(
+    count: int,
+    each: int,
+    icc: float | None,
+    runs: int,
+    discordance: float = 0.13,
+    margin: float = 0.05,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """How often documents taken as apart, divided by their design effect, and held to their tail show what is not so.
 
-    Outcomes of a cluster are Dirichlet-multinomial, so that `icc` is the correlation of two of its documents.
+    A cluster has one outcome, which each of its documents takes with a chance of sqrt(icc), and else its own: `icc` is
+    the correlation of two of them. Without one, documents differ on their own, as often for better as for worse, and
+    so many clusters are lost whole that the loss is the margin.
     """
-    rng, margin = np.random.default_rng(seed), 0.05
-    p = np.array([0.09, 0.04, 0.87])  # lost, gained, alike
-    n, at_once = count * each, 5_000
-    plain = adjusted = 0
-    for start in range(0, runs, at_once):
-        shape = (min(at_once, runs - start), count)
-        chance = rng.dirichlet(p * (1 - icc) / icc, size=shape) if icc else np.broadcast_to(p, (*shape, 3))
-        drawn = rng.multinomial(each, chance)  # [runs, clusters, 3]
-        lost, gained = drawn[..., 0].sum(1), drawn[..., 1].sum(1)
-        plain += int((tango_z(lost, gained, n, margin) <= -critical_value(n, margin, ALPHA)).sum())
-        effect = _effects(drawn[..., 0] - drawn[..., 1], lost, gained, each)
+    rng, n = np.random.default_rng(seed), count * each
+    shown = np.zeros(3, dtype=np.int64)
+    for start in range(0, runs, 1_000):
+        shape = (min(1_000, runs - start), count, each)
+        if icc is None:
+            outcome = _outcomes(rng, shape, discordance, 0.0)
+            outcome[rng.random(shape[:2]) < margin] = 1
+        else:
+            shared = rng.random(shape) < icc**0.5
+            common = _outcomes(rng, (*shape[:2], 1), discordance, margin)
+            outcome = np.where(shared, common, _outcomes(rng, shape, discordance, margin))
+        difference = outcome.sum(2, dtype=np.int64)  # [runs, clusters]
+        lost, gained = (outcome == 1).sum((1, 2)), (outcome == -1).sum((1, 2))
+        plain = tango_z(lost, gained, n, margin) <= -critical_value(n, margin, ALPHA)
+        effect = _effects(difference, lost, gained, each)
         left = n / effect
-        criticals = {
-            size: critical_value(size, margin, ALPHA) for size in np.unique(left.astype(int)).tolist()
-        }
-        needed = np.array([criticals[size] for size in left.astype(int).tolist()])
-        adjusted += int((tango_z(lost / effect, gained / effect, left, margin) <= -needed).sum())
-    return plain / runs, adjusted / runs
+        needed = np.array([critical_value(size, margin, ALPHA) for size in left.astype(int).tolist()])
+        adjusted = tango_z(lost / effect, gained / effect, left, margin) <= -needed
+        held = [
+            bool(one) and _held(rare_losses(row / each), margin)
+            for one, row in zip(adjusted, difference, strict=True)
+        ]
+        shown += [plain.sum(), adjusted.sum(), sum(held)]
+    plain_, adjusted_, held_ = (shown / runs).tolist()
+    return plain_, adjusted_, held_
+
+
+def _outcomes(
+    rng: np.random.Generator, shape: tuple[int, ...], discordance: float, loss: float
+) -> NDArray[np.int8]:
+    """1 lost, -1 gained, 0 alike."""
+    drawn = rng.random(shape)
+    lost, differs = drawn < (discordance + loss) / 2, drawn < discordance
+    return lost.astype(np.int8) - (differs & ~lost).astype(np.int8)
+
+
+def _held(rare: Tail, margin: float) -> bool:
+    # Sums of one loss in another order differ in their last digit, and would be enumerated twice.
+    return _tail_p(replace(rare, rest=round(rare.rest, 6)), margin) <= ALPHA
+
+
+@cache
+def _tail_p(rare: Tail, margin: float) -> float:
+    return rare.p(margin)
 
 
 def _effects(
@@ -149,6 +222,50 @@ def _effects(
     apart = (lost + gained - n * mean**2) * n / (n - 1)
     together = ((difference - each * mean[:, None]) ** 2).sum(1) * count / (count - 1)
     return np.maximum(1.0, together / np.maximum(apart, 1e-12))
+
+
+# documents, share lost, by how much, what all others lose on average; margin 2 points
+GRADED = (
+    (40, 0.025, 0.8, 0.0),
+    (100, 0.025, 0.8, 0.0),
+    (200, 0.025, 0.8, 0.0),
+    (400, 0.025, 0.8, 0.0),
+    (100, 0.05, 0.4, 0.0),
+    (200, 0.05, 0.4, 0.0),
+    (100, 0.01, 1.0, 0.01),
+    (200, 0.01, 1.0, 0.01),
+)
+
+
+def graded() -> Rows:
+    """False NON-INFERIOR of graded scores at a true loss of the margin, 2 points."""
+    for n, share, lost, others in GRADED:
+        found = graded_errors(n, share, lost, others, RUNS // 100)
+        yield (
+            f"{n}",
+            f"{100 * share:g} % lose {lost:g}",
+            f"{others:g} ± 0.02",
+            *(f"{100 * x:.1f} %" for x in found),
+        )
+
+
+def graded_errors(
+    n: int, share: float, lost: float, others: float, runs: int, seed: int = 0
+) -> tuple[float, float]:
+    """How often the bootstrap, and the bootstrap held to the tail, show what is not so.
+
+    Half of the others differ by 0.02 in either direction, beside what they lose.
+    """
+    rng = np.random.default_rng(seed)
+    plain = held = 0
+    for run in range(runs):
+        x = others + 0.02 * rng.choice([-1, 0, 0, 1], size=n)
+        x[rng.random(n) < share] = lost
+        found = bootstrap_mean(x, run)
+        if found is not None and found.p_below(MARGIN) <= ALPHA:
+            plain += 1
+            held += rare_losses(x).p(MARGIN) <= ALPHA
+    return plain / runs, held / runs
 
 
 def looks(counts: Sequence[int] = (1, 3, 10, 20)) -> Rows:
@@ -193,9 +310,24 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
         plans,
     ),
     "coverage": (("documents", "true loss 0", "1 point", "2 points"), coverage),
-    "clusters": (("clusters x questions", "ICC", "taken as apart", "by design effect"), clusters),
+    "clusters": (
+        (
+            "clusters x questions",
+            "ICC",
+            "d",
+            "margin",
+            "taken as apart",
+            "by design effect",
+            "and unseen losses",
+        ),
+        clusters,
+    ),
+    "graded": (
+        ("documents", "of them", "the others lose", "bootstrap", "and unseen losses"),
+        graded,
+    ),
     "looks": (("looks", "each at alpha", "each at alpha / looks"), looks),
 }
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -214,8 +214,8 @@ def _with_tail(outcome: Outcome, rare: Tail, endpoint: PrimaryEndpoint, policy: 
     return replace(
         held,
         unseen=(
-            f", for of {rare.n} {units} {rare.lost} lost more than half of what one can lose and {rare.gained} gained it, "
-            "which leaves open that so many others do"
+            f", for {rare.n} {units}, of which {rare.lost} lost and {rare.gained} gained more than half of what one can, "
+            "leave room for rare ones that are lost whole"
         ),
         needs=f"{more}, if no larger share is lost."
         if needed < inf

@@ -105,6 +105,13 @@ def test_a_p_value_falls_below_alpha_where_the_critical_value_is_passed(lost, ga
         assert (p_value(lost, gained, 300, 0.04, tail) <= 0.05) == passed
 
 
+def test_p_and_bound_agree_at_an_alpha_that_the_enumeration_alone_would_hold():
+    """At 40 documents the size of z = 2.327 is below 1 %, but no critical value is below the normal one."""
+    assert 0.0099 < size(40, 0.05, float(tango_z(18, 5, 40, 0.05)), WORSE) < 0.01
+    assert p_value(18, 5, 40, 0.05, WORSE) > 0.01
+    assert bounds(18, 5, 40, 0.05, 0.01).lower < 0.05
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_more_losses_raise_p_of_noninferiority_and_lower_p_of_worse(tail):
     values = [p_value(lost, 5, 250, 0.03, tail) for lost in range(0, 60, 3)]
