@@ -107,6 +107,12 @@ class Evidence:
     def task(self, arm: str, endpoint: PrimaryEndpoint) -> TaskRecord | None:
         return next(iter(self.tasks(arm, endpoint)), None)
 
+    @property
+    def scored_itself(self) -> bool:
+        """Whether the run was asked for tasks, rather than that answers scored elsewhere were put into it."""
+        stages = self.config.get("stages", ["tasks"])
+        return not isinstance(stages, list) or "tasks" in stages
+
     def control(self, baseline: str) -> str | None:
         """The arm that is the baseline once more, in batches of another size."""
         return next((arm for arm in self._arms if arm.startswith(f"{baseline}, batches of ")), None)

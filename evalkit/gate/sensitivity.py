@@ -76,6 +76,12 @@ def check_control(run: Evidence, baseline: str, endpoint: PrimaryEndpoint, polic
             verdict=Verdict.NON_INFERIOR,
             reason=f"{baseline} has no control, which a run has of its first bf16 alone, {run.lead}: this decides nothing.",
         )
+    if arm is None and not run.scored_itself:
+        return Check(
+            name=name,
+            verdict=Verdict.NON_INFERIOR,
+            reason=f"{baseline} has no control: the run did not score its own tasks, so this decides nothing.",
+        )
     again = [] if arm is None else run.scored(arm, endpoint)
     if not again or f"tasks {arm}" not in run.stages:
         return Check(

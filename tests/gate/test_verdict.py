@@ -316,6 +316,15 @@ def test_an_incumbent_has_no_control_and_the_damage_of_the_first_bf16(
     assert found.verdict is Verdict.NON_INFERIOR
 
 
+def test_answers_scored_elsewhere_bring_no_control(make_run: MakeRun, policy: Policy):
+    for name, stages, verdict in (
+        ("own", ["layers", "tasks"], Verdict.INCONCLUSIVE),
+        ("others", ["layers"], Verdict.NON_INFERIOR),
+    ):
+        found = judged(make_run(answers={CONTROL: []}, config={"stages": stages}, name=name), policy)
+        assert found.verdict is verdict, reasons(found)
+
+
 def test_graded_scores_that_agree_with_their_control_need_no_interval(make_run: MakeRun, policy: Policy):
     before = np.random.default_rng(0).uniform(0.4, 0.9, size=DOCUMENTS)
     few = before.copy()
