@@ -6,16 +6,15 @@ shows a number under a meaning that has changed.
 
 import json
 import math
-import re
 import reprlib
 from dataclasses import MISSING, asdict, dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
+from evalkit.arm_names import is_later_start
 from evalkit.errors import InputError
 
 SCHEMA = 1
-LATER_START = re.compile(r", start \d+$")  # of a candidate's name in records: its engine, started afresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +183,7 @@ class TokenRecord(Record):
     @property
     def again(self) -> bool:
         """Whether it is of a later fresh start of its candidate."""
-        return LATER_START.search(self.candidate) is not None
+        return is_later_start(self.candidate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,7 +416,7 @@ class TaskRecord(Record):
     @property
     def again(self) -> bool:
         """Whether the candidate is its baseline once more, on an engine that was started afresh."""
-        return LATER_START.search(self.candidate) is not None
+        return is_later_start(self.candidate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ PACKAGE = Path(evalkit.__file__).parent
 RANK = {
     "errors": 0,
     "files": 0,
+    "arm_names": 0,
     "registry": 1,
     "progress": 1,
     "spans": 1,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evalkit.arm_names import damage_arm
 from evalkit.errors import InputError
-from evalkit.gate.evidence import damage_arm
 from evalkit.gate.policy import PrimaryEndpoint
 from evalkit.records import SampleRecord, file_name
 

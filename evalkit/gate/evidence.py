@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from evalkit.arm_names import damage_arm, is_control_arm
 from evalkit.errors import InputError
 from evalkit.gate.policy import PrimaryEndpoint
 from evalkit.records import (
@@ -115,7 +116,7 @@ class Evidence:
 
     def control(self, baseline: str) -> str | None:
         """The arm that is the baseline once more, in batches of another size."""
-        return next((arm for arm in self._arms if arm.startswith(f"{baseline}, batches of ")), None)
+        return next((arm for arm in self._arms if is_control_arm(arm, baseline)), None)
 
     def damaged(self, baseline: str, noise: float) -> tuple[str, str]:
         """The baseline with damage of this size, and its arm: itself, else the run's lead; empty names where neither has.
@@ -135,8 +136,3 @@ class Evidence:
         for s in self.samples:
             found[s.candidate, s.task, s.metric, s.filter].append(s)
         return dict(found)
-
-
-def damage_arm(baseline: str, noise: float) -> str:
-    """The name that samples of planted damage carry."""
-    return f"{baseline}, rows times 1 + {noise:g} N(0, 1)"

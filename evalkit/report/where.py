@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from evalkit.arm_names import is_control_arm
 from evalkit.records import (
     CandidateRecord,
     ConfidenceRecord,
@@ -334,7 +335,9 @@ def task_floor(records: Sequence[Record]) -> Table:
     """Documents whose score differs, beside what batches of another size differ by."""
     found = [r for r in only(records, TaskRecord) if r.lost is not None and r.gained is not None]
     floors = {
-        (r.task, r.filter, r.metric): r for r in found if is_control(r.candidate) and "batches" in r.baseline
+        (r.task, r.filter, r.metric): r
+        for r in found
+        if is_control(r.candidate) and is_control_arm(r.baseline)
     }
     rows = []
     for r in ordered(records, found):

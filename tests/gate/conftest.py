@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evalkit.gate.evidence import damage_arm
+from evalkit.arm_names import damage_arm
 from evalkit.gate.policy import (
     Coverage,
     Damage,

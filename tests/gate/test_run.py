@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from evalkit import cli, environment, pipeline
+from evalkit.arm_names import damage_arm
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.gate.contradictions import WORDS
-from evalkit.gate.evidence import Evidence, damage_arm
+from evalkit.gate.evidence import Evidence
 from evalkit.gate.policy import load
 from evalkit.gate.verdict import judge
 from evalkit.model.load import EMBEDDED

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from evalkit import cli
-from evalkit.gate.evidence import damage_arm
+from evalkit.arm_names import damage_arm
 from evalkit.gate.policy import Exemption, Limit, Policy
 from evalkit.gate.verdict import Judged, judge, store
 from evalkit.gate.words import Verdict

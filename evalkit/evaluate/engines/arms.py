@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from evalkit.arm_names import control_arm, damage_arm, later_start
 from evalkit.candidate import Candidate
-from evalkit.gate.evidence import damage_arm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def arms_of(
     """The baseline in batches of half the size, the baseline, planted damage where a policy asks for it, the others."""
     baseline, *others = candidates
     size = max(1, min(batch_size, documents) // 2)  # of what is decoded together, documents permitting
-    control = Arm(name=f"{baseline}, batches of {size}", candidate=baseline, batch_size=size)
+    control = Arm(name=control_arm(str(baseline), size), candidate=baseline, batch_size=size)
     first = Arm(name=str(baseline), candidate=baseline, batch_size=batch_size, start=1, shows_layers=True)
     found = [control, replace(first, against=control.name)]
     if damage is not None:
@@ -50,6 +50,6 @@ def starts_of(arms: Sequence[Arm], starts: int) -> list[Arm]:
         for arm in own:
             # A floor: the baseline once more.
             shows = start == 2 and arm is own[0]
-            name = f"{arm.name}, start {start}"
+            name = later_start(arm.name, start)
             found.append(replace(arm, name=name, against=arm.name, start=start, shows_layers=shows))
     return found
