@@ -33,7 +33,8 @@ R = TypeVar("R", bound=Record)
 
 def filled(kind: type[R], **values: Any) -> R:
     """A record with the given fields, the others empty."""
-    return kind(**{name: _empty(hint) for name, hint in HINTS[kind.kind].items()} | values)
+    least = {"n": 1} if kind.kind == TaskRecord.kind else {}  # a score is over one document at least
+    return kind(**{name: _empty(hint) for name, hint in HINTS[kind.kind].items()} | least | values)
 
 
 def _empty(hint: Any) -> Any:
