@@ -104,7 +104,7 @@ def _finite(run: Evidence, candidate: CandidateRecord) -> Check:
     name = "finite values"
     own = [r for r in run.records if getattr(r, "candidate", None) == candidate.candidate]
     counted = [r for r in own if hasattr(r, "nonfinite") and getattr(r, "arm", OWN_ARMS[0]) in OWN_ARMS]
-    broken = next((r for r in counted if getattr(r, "nonfinite")), None)  # noqa: B009
+    broken = next((r for r in counted if r.nonfinite), None)
     if broken is not None:
         return Check(
             name=name,

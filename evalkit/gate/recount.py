@@ -1,6 +1,7 @@
 """What was recorded of an endpoint, counted again from its samples."""
 
-from math import isclose, nan
+from dataclasses import asdict
+from math import isclose
 
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.policy import PrimaryEndpoint
@@ -33,18 +34,7 @@ def recount(run: Evidence, arm: str, endpoint: PrimaryEndpoint) -> str | None:
 def _counted(run: Evidence, record: TaskRecord, endpoint: PrimaryEndpoint) -> dict[str, float | None]:
     """Counts and means alone: intervals follow from them, and those of graded scores take a bootstrap."""
     joined = paired.join(run.scored(record.baseline, endpoint), run.scored(record.candidate, endpoint))
-    before = [nan if score is None else float(score) for _, score, _ in joined]
-    after = [nan if score is None else float(score) for _, _, score in joined]
-    difference = [b - a for b, a in zip(before, after, strict=True)]
-    binary = {*before, *after} <= {0.0, 1.0}
-    return {
-        "n": len(joined),
-        "score": sum(after) / len(joined),
-        "baseline_score": sum(before) / len(joined),
-        "loss": sum(difference) / len(joined),
-        "lost": sum(x > 0 for x in difference) if binary else None,
-        "gained": sum(x < 0 for x in difference) if binary else None,
-    }
+    return asdict(paired.count([(paired.finite(key, b), paired.finite(key, a)) for key, b, a in joined]))
 
 
 def _same(said: float | None, counted: float | None) -> bool:

@@ -6,8 +6,8 @@ Of graded scores it is `evalkit.stats.means`' bootstrap.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from math import fsum, isfinite, nan
 from typing import NamedTuple, Protocol
 
@@ -67,24 +67,33 @@ class PairingError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paired:
-    """One endpoint of one candidate against its baseline.
+class Counts:
+    """What one endpoint's pairs come to.
 
     loss is the mean of baseline's score - candidate's score: of right and wrong, P(baseline right) - P(candidate
-    right). lost counts documents that only the baseline got right, gained those that only the candidate did; these
-    and McNemar's p are None of graded scores. Intervals are None below two documents, of graded scores below 40, or 10
-    that differ.
+    right). lost counts documents that only the baseline got right, gained those that only the candidate did; both are
+    None of graded scores.
+    """
+
+    n: int
+    score: float
+    baseline_score: float
+    loss: float
+    lost: int | None
+    gained: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired(Counts):
+    """One endpoint of one candidate against its baseline.
+
+    McNemar's p is None of graded scores. Intervals are None below two documents, of graded scores below 40, or 10 that
+    differ.
     """
 
     endpoint: Endpoint
-    n: int
-    score: float
     score_interval: Interval | None
-    baseline_score: float
-    loss: float
     loss_interval: Interval | None
-    lost: int | None
-    gained: int | None
     mcnemar_p: float | None
     interval_method: str
 
@@ -98,12 +107,22 @@ def compare(baseline: Iterable[Scored], candidate: Iterable[Scored], alpha: floa
     pairs: dict[Endpoint, list[tuple[float, float]]] = defaultdict(list)
     for key, before, after in join(baseline, candidate):
         pairs[Endpoint(key.task, key.metric, key.filter)].append((finite(key, before), finite(key, after)))
-    return [
-        (_binary if {score for pair in scores for score in pair} <= {0.0, 1.0} else _graded)(
-            endpoint, scores, alpha
-        )
-        for endpoint, scores in pairs.items()
-    ]
+    return [_paired(endpoint, scores, alpha) for endpoint, scores in pairs.items()]
+
+
+def count(scores: Sequence[tuple[float, float]]) -> Counts:
+    """What (baseline's score, candidate's score) of every document come to; graded where one is neither 0 nor 1."""
+    n = len(scores)
+    before, after = (fsum(side) for side in zip(*scores, strict=True))
+    binary = {score for pair in scores for score in pair} <= {0.0, 1.0}
+    return Counts(
+        n=n,
+        score=after / n,
+        baseline_score=before / n,
+        loss=fsum(b - a for b, a in scores) / n,
+        lost=sum(b > a for b, a in scores) if binary else None,
+        gained=sum(a > b for b, a in scores) if binary else None,
+    )
 
 
 def join(
@@ -162,43 +181,26 @@ def tango_interval(lost: int, gained: int, n: int, alpha: float = 0.05) -> Inter
     return Interval(score_edge(lost, gained, n, critical, -1.0), score_edge(lost, gained, n, critical, 1.0))
 
 
-def _binary(endpoint: Endpoint, scores: list[tuple[float, float]], alpha: float) -> Paired:
-    n = len(scores)
-    lost = sum(before > after for before, after in scores)
-    gained = sum(after > before for before, after in scores)
-    right = sum(after == 1 for _, after in scores)
+def _paired(endpoint: Endpoint, scores: list[tuple[float, float]], alpha: float) -> Paired:
+    counts = count(scores)
+    after, difference = [a for _, a in scores], [b - a for b, a in scores]
+    if counts.lost is None or counts.gained is None:
+        own, loss = bootstrap_mean(after), bootstrap_mean(difference)
+        return Paired(
+            **asdict(counts),
+            endpoint=endpoint,
+            score_interval=None if own is None else own.interval(alpha),
+            loss_interval=None if loss is None else loss.interval(alpha),
+            mcnemar_p=None,
+            interval_method="studentised bootstrap",
+        )
     return Paired(
+        **asdict(counts),
         endpoint=endpoint,
-        n=n,
-        score=right / n,
-        score_interval=wilson(right, n, alpha),
-        baseline_score=sum(before == 1 for before, _ in scores) / n,
-        loss=(lost - gained) / n,
-        loss_interval=tango_interval(lost, gained, n, alpha),
-        lost=lost,
-        gained=gained,
-        mcnemar_p=mcnemar_p(lost, gained),
+        score_interval=wilson(after.count(1.0), counts.n, alpha),
+        loss_interval=tango_interval(counts.lost, counts.gained, counts.n, alpha),
+        mcnemar_p=mcnemar_p(counts.lost, counts.gained),
         interval_method="tango",
-    )
-
-
-def _graded(endpoint: Endpoint, scores: list[tuple[float, float]], alpha: float) -> Paired:
-    before, after = (list(side) for side in zip(*scores, strict=True))
-    difference = [b - a for b, a in scores]
-    own, loss = bootstrap_mean(after), bootstrap_mean(difference)
-    n = len(scores)
-    return Paired(
-        endpoint=endpoint,
-        n=n,
-        score=fsum(after) / n,
-        score_interval=None if own is None else own.interval(alpha),
-        baseline_score=fsum(before) / n,
-        loss=fsum(difference) / n,
-        loss_interval=None if loss is None else loss.interval(alpha),
-        lost=None,
-        gained=None,
-        mcnemar_p=None,
-        interval_method="studentised bootstrap",
     )
 
 
