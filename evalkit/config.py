@@ -61,7 +61,7 @@ class RunConfig:
             checkpoint's own.
         stream: whether to hold one layer's weights at a time; "auto" does where all of them find no room.
         layers_prompt_tokens: prefilled tokens of each compared prompt.
-        layers_decode_tokens: tokens then decoded one by one; none with engine=vllm, where a prompt comes in one piece.
+        layers_decode_tokens: tokens then decoded one by one.
         phase_tokens: of each compared prompt, for the comparison of phases; 0 leaves it out, as streamed weights do.
         layers_prompts: a text file to compare layers on, or JSON lines, a text a line; None generates documents.
         layers_documents: how many texts; from 40 on, mean KL divergence has an interval.
@@ -79,7 +79,7 @@ class RunConfig:
         batch_size: sequences that decode together, which fixes the shapes of every pass; "auto" takes what the device
             holds, and the run records it.
         engine: what scores the tasks: `native`, this project's own; `vllm`; or `endpoint`, servers that run already
-            (docs/serving.md). vLLM also shows its layers and next tokens, in prefill; servers score tasks only.
+            (docs/serving.md). vLLM also shows its layers and next tokens; servers score tasks only.
         engine_python: the interpreter of vLLM's environment; None is this one.
         engine_starts: fresh engines of each candidate, on the same documents; samples of each are kept apart.
         endpoint: the server of each candidate, in their order.

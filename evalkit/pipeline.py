@@ -106,7 +106,7 @@ def ask_engines(directory: RunDirectory, prepared: Prepared) -> Shown | None:
 
 
 def compare_shown_layers(directory: RunDirectory, prepared: Prepared, shown: Shown) -> None:
-    """What serving engines showed of every layer and next token, prefilled, against the baseline's own first start."""
+    """What serving engines showed of every layer and next token, against the baseline's own first start."""
     config, scorer, starts = prepared.config, prepared.scorer, shown.starts(prepared.arms)
     if "layers" in config.stages and not directory.done("layers"):
         steps = captured.count_steps(starts, len(prepared.documents))
@@ -118,6 +118,7 @@ def compare_shown_layers(directory: RunDirectory, prepared: Prepared, shown: Sho
                 prepared.documents,
                 starts,
                 topk=scorer.topk,
+                decode_tokens=config.layers_decode_tokens,
                 device=scorer.place[0],
                 decode=prepared.lm.tokenizer.decode,
                 advance=advance,

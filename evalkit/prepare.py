@@ -191,12 +191,10 @@ def _served(
     _refuse_absent(policy, config, requested, scorer.candidates)
     lm, documents = EvalkitLM(engine=scorer.asked), []
     if "layers" in config.stages:
-        # A prompt has to arrive in one piece, or its tensors would be in several.
-        documents = _documents(config.with_values(layers_decode_tokens=0), lm)
+        documents = _documents(config, lm)
         scorer.asked.documents = [ids.tolist() for ids in documents]
         print(
-            f"engine {config.engine}: layers are compared in prefill only, {config.layers_prompt_tokens} tokens in one piece; "
-            "layers_decode_tokens and phase_tokens do not apply",
+            f"engine {config.engine}: a prompt is compared in one piece, and what is decoded after it; phase_tokens does not apply",
             file=sys.stderr,
         )
     return Prepared(

@@ -35,7 +35,7 @@ def test_the_checkpoints_scales_give_the_numbers_of_the_calibrated_ones(tmp_path
     ids = torch.arange(3, 67)[None]
     with torch.no_grad():
         got, want, one = (
-            model(ids, past_key_values=model.evalkit.new_cache(f"fp8_e4m3:{source}@reference", given)).logits
+            model(ids, **model.evalkit.new_cache(f"fp8_e4m3:{source}@reference", given).argument).logits
             for source, given in (("checkpoint", stored), ("calibrated", scales), ("one", {}))
         )
     assert torch.equal(got, want)

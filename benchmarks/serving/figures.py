@@ -21,7 +21,7 @@ RESAMPLES = 4_000
 
 @dataclass(frozen=True)
 class Compared:
-    """Two sources of logits over the same documents: per document [T - 1] each."""
+    """Two sources of logits over the same documents: per document [T - 1] each, of what predicts its later tokens."""
 
     change: list[np.ndarray]  # |Δ log-probability| of the text's own token
     kl: list[np.ndarray]  # KL divergence of `got` from `ref`, nats
@@ -32,7 +32,7 @@ def compared(plan: Plan, got: Path, ref: Path) -> Compared:
     device = plan.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for number, ids in enumerate(plan.forced):
         a, b = (
-            load_file(folder / "logits" / f"{number:04}.safetensors", device=device)["logits"]
+            load_file(folder / "logits" / f"{number:04}.safetensors", device=device)["logits"][:-1]
             .double()
             .log_softmax(-1)
             for folder in (got, ref)

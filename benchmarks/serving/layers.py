@@ -81,7 +81,7 @@ def run(
     hidden = hidden[None].to(path.kv_b_proj.weight.dtype)
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
     rotary = model.model.rotary_emb(hidden, position_ids=positions)
-    path(hidden, position_embeddings=rotary, past_key_values=cache)
+    path(hidden, position_embeddings=rotary, **cache.argument)
     return capture.joined()
 
 

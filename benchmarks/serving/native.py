@@ -72,5 +72,5 @@ def native_logits(plan: Plan, model: Any, folder: Path) -> None:
         file = folder / "logits" / f"{number:04}.safetensors"
         if not file.exists():
             out = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-            save_file({"logits": out.logits[0, :-1].bfloat16().cpu().contiguous()}, file)
+            save_file({"logits": out.logits[0].bfloat16().cpu().contiguous()}, file)
     say(f"{model.evalkit.candidate}: {len(plan.forced)} documents' logits")

@@ -8,11 +8,13 @@ sequences lengths of their own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from evalkit.kv import RowFormat
 from evalkit.kv.index import IndexFormat, Keys, resolve
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from evalkit.attention.path import PathState
 
 BLOCK = 64
+# What models call the cache, as an argument and in what they return: `cache` from transformers 5.24 on, which warns of
+# the name that it had before.
+OLD_ARGUMENT: Final = "past_key_values"
+ARGUMENT: Final = (
+    "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else OLD_ARGUMENT
+)
 
 
 class PagedLayer(CacheLayerMixin):
@@ -196,6 +204,11 @@ class PagedCache(Cache):
     def __init__(self, state: PathState) -> None:
         super().__init__(layers=state.layers)
         self.state = state
+
+    @property
+    def argument(self) -> dict[str, PagedCache]:
+        """What hands this cache to a model: `model(ids, **cache.argument)`."""
+        return {ARGUMENT: self}
 
     def reset(self) -> None:
         super().reset()

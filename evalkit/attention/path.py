@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from evalkit import kv
 from evalkit.attention import backends
-from evalkit.attention.cache import PagedCache, PagedLayer
+from evalkit.attention.cache import ARGUMENT, PagedCache, PagedLayer
 from evalkit.attention.indexer import choose
 from evalkit.attention.selection import select
 from evalkit.candidate import Candidate
@@ -133,16 +133,16 @@ class SparseMLA(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: PagedCache | None = None,
-        **_: Any,
+        **given: Any,
     ) -> tuple[Tensor | None, ...]:
         """hidden_states [B, T, D] -> output [B, T, D]; the rows of these T tokens are appended to the cache.
 
         `attention_mask` is ignored: causality and padding come from the cache's columns and `PathState.valid`.
         """
-        if not isinstance(past_key_values, PagedCache):
+        cache = given.get(ARGUMENT)
+        if not isinstance(cache, PagedCache):
             raise TypeError("SparseMLA needs a PagedCache; call the model, or pass model.evalkit.new_cache()")
-        state = past_key_values.state
+        state = cache.state
         rows = state.layers[self.layer_idx]
         batch, length = hidden_states.shape[:2]
         start = rows.length

@@ -120,7 +120,7 @@ def run_layer(
             step,
             attention_mask=None,
             position_ids=positions,
-            past_key_values=cache,
+            **cache.argument,
             position_embeddings=model.model.rotary_emb(step, position_ids=positions),
         )
         outputs.append(out[0] if isinstance(out, tuple) else out)

@@ -1,7 +1,7 @@
 """Compares what serving engines showed of their layers and logits with what the baseline's own engine showed.
 
 Each start of a candidate's engine left one safetensors file a document (evaluate/engines/inside.py writes them), of the
-same tokens, prefilled in one piece. The reference is the baseline's first start, and everything is propagated: each
+same tokens: a prompt in one piece, then what was decoded token by token. The reference is the baseline's first start, and everything is propagated: each
 engine ran the whole model on its candidate. The floors are `floor:kernel`, the first candidate that stores bf16 on
 another backend, and `floor:start`, the baseline's second start.
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from evalkit.candidate import Candidate
 from evalkit.compare import noise
-from evalkit.compare.arms import PREFILL, PROPAGATED, Arm, Subject
+from evalkit.compare.arms import DECODE, PREFILL, PROPAGATED, Arm, Subject
 from evalkit.compare.cells import Cell
 from evalkit.compare.metrics import Accumulator
 from evalkit.compare.rows import layer_record, token_record
@@ -41,8 +41,8 @@ Shown = Mapping[str, Tensor]
 class Start:
     """One start of a candidate's engine.
 
-    name: what its records carry: the candidate, or `candidate, start N`. files: one a document, with logits [T - 1, V];
-    of first starts and of the baseline's second also with every layer's tensors [T, ...].
+    name: what its records carry: the candidate, or `candidate, start N`. files: one a document, with logits [T, V]; of
+    first starts and of the baseline's second also with every layer's tensors [T, ...].
     """
 
     name: str
@@ -71,7 +71,7 @@ class Start:
             return {probe: file.get_tensor(f"{layer}.{probe}") for probe in wanted}
 
     def logits(self, document: int, device: str) -> Tensor:
-        """[T - 1, V], what predicts the second token to the last."""
+        """[T, V], what predicts the token after each."""
         with safe_open(self.files[document], framework="pt", device=device) as file:
             found: Tensor = file.get_tensor("logits")
         return found
@@ -80,14 +80,15 @@ class Start:
 class ShownCell(Cell):
     """A cell of what an engine shows: without the layer's output, scores, routing and lost mass, which it does not."""
 
-    def add_shown(self, got: Shown, ref: Shown) -> None:
-        """Compare one document."""
-        for probe in PROBES:
-            self._compare(PREFILL, probe, got[probe], ref[probe])
+    def add_shown(self, got: Shown, ref: Shown, phases: Mapping[str, slice]) -> None:
+        """Compare one document, phase by phase."""
         shares = recall(got["selection"], ref["selection"])
-        self._compare(PREFILL, "selection", shares, torch.ones_like(shares))
-        if not self.arm.subject.is_floor:
-            self.selections.setdefault(PREFILL, SelectionAccumulator()).add(shares)
+        for phase, span in phases.items():
+            for probe in PROBES:
+                self._compare(phase, probe, got[probe][span], ref[probe][span])
+            self._compare(phase, "selection", shares[span], torch.ones_like(shares[span]))
+            if not self.arm.subject.is_floor:
+                self.selections.setdefault(phase, SelectionAccumulator()).add(shares[span])
         count = (ref["selection"] >= 0).sum(1).double()
         lost = ((1 - shares) * count).round()
         self.dropped.append(torch.stack([lost, count, torch.full_like(lost, torch.nan)], 1).cpu())
@@ -100,6 +101,7 @@ def compare(
     starts: Sequence[Start],
     *,
     topk: int,
+    decode_tokens: int = 0,
     device: str = "cpu",
     decode: Decode | None = None,
     advance: Callable[[], None] | None = None,
@@ -110,6 +112,7 @@ def compare(
         documents: token ids [T] int64.
         starts: the baseline's first one first; each candidate's first start is there.
         topk: keys that the indexer selects.
+        decode_tokens: how many of each document's last tokens were decoded.
         device: where figures are computed.
         decode: token ids as text.
         advance: called `count_steps(...)` times.
@@ -138,13 +141,13 @@ def compare(
     for _, start in arms:
         if start.layers() != layers:
             raise InputError(f"{start.files[0]} holds layers {start.layers()}, the baseline's {layers}")
-    watch = Watch(documents, [len(ids) for ids in documents], topk, decode, output=OUTPUT)
+    watch = Watch(documents, [len(ids) - decode_tokens for ids in documents], topk, decode, output=OUTPUT)
     for layer in layers:
         cells = [ShownCell(arm, layer) for arm, _ in arms]
         for document in range(len(documents)):
             read = {start.name: start.shown(document, layer, device) for _, start in arms}
             for cell, (_, start) in zip(cells, arms, strict=True):
-                cell.add_shown(read[start.name], read[baseline.name])
+                cell.add_shown(read[start.name], read[baseline.name], _phases(watch, document))
                 step()
         for cell in cells:
             yield from cell.records()
@@ -164,26 +167,33 @@ def _next_tokens(
     device: str,
     step: Callable[[], None],
 ) -> Iterator[Record]:
-    metrics = {start.name: Accumulator() for start in starts}
-    tokens = {start.name: TokenAccumulator() for start in starts}
-    for document, ids in enumerate(watch.documents):
+    phases = list(_phases(watch, 0))
+    metrics = {start.name: {phase: Accumulator() for phase in phases} for start in starts}
+    tokens = {start.name: {phase: TokenAccumulator() for phase in phases} for start in starts}
+    for document in range(len(watch.documents)):
         ref = starts[0].logits(document, device)
-        place = watch.place(document, slice(0, len(ids) - 1))
         for start in starts:
             got = start.logits(document, device)
-            metrics[start.name].add(got, ref)
-            tokens[start.name].add(got, ref, place)
+            for phase, span in _phases(watch, document).items():
+                metrics[start.name][phase].add(got[span], ref[span])
+                tokens[start.name][phase].add(got[span], ref[span], watch.place(document, span))
             step()
     for arm, start in arms:
-        yield layer_record(arm, None, PREFILL, "logits", arm.subject.rung, metrics[start.name].result())
-        if not arm.subject.is_floor:
-            yield token_record(arm, PREFILL, tokens[start.name].result())
-        yield from watch.diverged(arm, {PREFILL: tokens[start.name]})
+        for phase, added in metrics[start.name].items():
+            yield layer_record(arm, None, phase, "logits", arm.subject.rung, added.result())
+            if not arm.subject.is_floor:
+                yield token_record(arm, phase, tokens[start.name][phase].result())
+        yield from watch.diverged(arm, tokens[start.name])
     for start in starts:
-        if not start.is_first:
-            again = token_record(_total(start), PREFILL, tokens[start.name].result())
-            yield replace(again, candidate=start.name)
+        for phase, again in tokens[start.name].items() if not start.is_first else ():
+            yield replace(token_record(_total(start), phase, again.result()), candidate=start.name)
     yield from watch.end()
+
+
+def _phases(watch: Watch, document: int) -> dict[str, slice]:
+    """Which of a document's tokens are its prompt, and which were decoded, where some were."""
+    prompt, total = watch.prefill[document], len(watch.documents[document])
+    return {PREFILL: slice(0, prompt)} | ({DECODE: slice(prompt, total)} if total > prompt else {})
 
 
 def _arms(starts: Sequence[Start]) -> list[tuple[Arm, Start]]:

@@ -199,7 +199,7 @@ def _hidden(model: Any, passage: Passage, candidate: Candidate, scales: Mapping[
     """Hidden states [T, D] before the head, the whole passage in one step on an empty cache."""
     hidden: Tensor = model.base_model(
         input_ids=passage.ids.to(model.device)[None],
-        past_key_values=model.evalkit.new_cache(candidate, scales),
+        **model.evalkit.new_cache(candidate, scales).argument,
         use_cache=True,
     ).last_hidden_state[0]
     return hidden

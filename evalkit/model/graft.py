@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from evalkit import kv
 from evalkit.attention import backends
-from evalkit.attention.cache import PagedCache
+from evalkit.attention.cache import ARGUMENT, OLD_ARGUMENT, PagedCache
 from evalkit.attention.path import PathState, SparseMLA
 from evalkit.candidate import BEST, Candidate
 from evalkit.errors import InputError
@@ -115,19 +115,20 @@ class Graft:
             "input_ids",
             "attention_mask",
             "position_ids",
-            "past_key_values",
+            ARGUMENT,
             "inputs_embeds",
             "use_cache",
         )
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
+        before = kwargs.pop(OLD_ARGUMENT, None)
+        cache = kwargs.get(ARGUMENT, before)
         if cache is None:
             cache = self.new_cache()
             use_cache = kwargs.get("use_cache")
             cache.is_transient = not (self.model.config.use_cache if use_cache is None else use_cache)
         elif not isinstance(cache, PagedCache):
             raise InputError(
-                f"past_key_values is a {type(cache).__name__}, which the sparse MLA path cannot read: "
+                f"{ARGUMENT} is a {type(cache).__name__}, which the sparse MLA path cannot read: "
                 "pass model.evalkit.new_cache() or nothing"
             )
         inputs = kwargs.get("input_ids")
@@ -150,14 +151,14 @@ class Graft:
         cache.state.selections.clear()  # layers share a selection within a pass
         # A mask of four dimensions passes through transformers untouched, and no [T, S] mask is built.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        return (), {**kwargs, "past_key_values": cache, "attention_mask": unused}
+        return (), {**kwargs, **cache.argument, "attention_mask": unused}
 
     def _after_forward(
         self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """With `use_cache=False` the caller sees no cache: transformers returns whatever it was given."""
-        if kwargs["past_key_values"].is_transient:
-            output.past_key_values = None
+        if kwargs[ARGUMENT].is_transient:
+            setattr(output, ARGUMENT, None)
 
 
 def _route(
@@ -186,19 +187,18 @@ def _intercept_generate(model: Any, new_cache: Callable[[], PagedCache]) -> None
     prepare = model._prepare_cache_for_generation
 
     def prepared(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(ARGUMENT)
         if isinstance(given, Cache) and not isinstance(given, PagedCache):
             if given.get_seq_length() > 0:
                 raise InputError(
                     f"generate() was given a filled {type(given).__name__}, which the sparse MLA path cannot read: "
                     "pass model.evalkit.new_cache() or nothing"
                 )
-            del model_kwargs["past_key_values"]
+            del model_kwargs[ARGUMENT]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
-        if isinstance(model_kwargs.get("past_key_values"), Cache) and not isinstance(
-            model_kwargs["past_key_values"], PagedCache
-        ):
-            model_kwargs["past_key_values"] = new_cache()
+        made = model_kwargs.get(ARGUMENT)
+        if isinstance(made, Cache) and not isinstance(made, PagedCache):
+            model_kwargs[ARGUMENT] = new_cache()
         return result
 
     model._prepare_cache_for_generation = prepared

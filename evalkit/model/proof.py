@@ -62,7 +62,7 @@ def _changed(model: Any, cache: PagedCache, ids: Tensor, fill: int) -> Tensor:
             hidden,
             attention_mask=None,
             position_ids=positions,
-            past_key_values=cache,
+            **cache.argument,
             position_embeddings=model.model.rotary_emb(hidden, position_ids=positions),
         )
     return layer.rows != fill

@@ -71,7 +71,7 @@ def measure(
         cache = model.evalkit.new_cache(Candidate(format="bf16", backend="reference"), {})
         cache.state.observer = _Watch(layers)
         # The base model: logits of a whole document would take more memory than all else.
-        model.model(input_ids=ids[None].to(model.device), past_key_values=cache)
+        model.model(input_ids=ids[None].to(model.device), **cache.argument)
         if advance is not None:
             advance()
     return [{part: sums.result() for part, sums in layer.items()} for layer in layers]

@@ -1,6 +1,7 @@
 """How far fresh starts of one serving engine lie apart: tables of the starts that every other table leaves out."""
 
 from collections.abc import Sequence
+from itertools import product
 
 from evalkit.records import CandidateRecord, Record, TaskRecord, TokenRecord, only
 from evalkit.report.tables import NA, Table, number, ordered, reference, share
@@ -49,20 +50,20 @@ def scores(records: Sequence[Record]) -> Table:
 
 
 def next_tokens(records: Sequence[Record]) -> Table:
-    """How far next tokens of fresh starts of one serving engine lie apart."""
+    """How far next tokens of fresh starts of one serving engine lie apart, by phase."""
     found, told_from = only(records, TokenRecord), reference(records)
+    candidates = [record.candidate for record in ordered(records, only(records, CandidateRecord))]
     rows = []
-    for candidate in (record.candidate for record in ordered(records, only(records, CandidateRecord))):
-        later = [r for r in found if r.again and r.candidate.startswith(f"{candidate}, ")]
-        first = [
-            r for r in found if r.candidate == candidate and r.phase == "prefill" and candidate != told_from
-        ]
-        means = [r.kl_mean_nats for r in (*first, *later)]
-        known = [mean for mean in means if mean is not None]
+    for phase, candidate in product(dict.fromkeys(r.phase for r in found if r.again), candidates):
+        of_phase = [r for r in found if r.phase == phase]
+        later = [r for r in of_phase if r.again and r.candidate.startswith(f"{candidate}, ")]
         if not later:
             continue
+        first = [r for r in of_phase if r.candidate == candidate != told_from]
+        means = [r.kl_mean_nats for r in (*first, *later)]
+        known = [mean for mean in means if mean is not None]
         span = "non-finite" if len(known) < len(means) else f"{number(min(known))} to {number(max(known))}"
-        rows.append((candidate, str(1 + len(later)), span, f"{later[0].n:,}"))
+        rows.append((candidate, phase, str(1 + len(later)), span, f"{later[0].n:,}"))
     return Table(
         key="token-starts",
         title="Fresh starts, next token",
@@ -71,7 +72,7 @@ def next_tokens(records: Sequence[Record]) -> Table:
             f"candidate, over the same n tokens; of {told_from} over its later starts, which is bf16 against itself. Every other "
             "table counts the first start."
         ),
-        columns=("candidate", "starts", "KL nats, least to most", "n"),
+        columns=("candidate", "phase", "starts", "KL nats, least to most", "n"),
         rows=tuple(rows),
-        text_columns=1,
+        text_columns=2,
     )

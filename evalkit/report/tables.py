@@ -315,8 +315,8 @@ def seen_inside(records: Sequence[Record]) -> str:
         return ""
     kernel = next((r.kernel for r in only(records, CandidateRecord) if r.candidate == told_from), "an engine")
     return (
-        f" Seen inside {' '.join(kernel.split(' ')[:2])}, in prefill only: the reference is its own {told_from} (first start), not "
-        "bf16@reference, and the attention output is `values`, after W_UV."
+        f" Seen inside {' '.join(kernel.split(' ')[:2])}, whose own {told_from} (first start) is the reference, not "
+        "bf16@reference; the attention output is `values`, after W_UV."
     )
 
 

@@ -130,7 +130,7 @@ def test_a_model_runs_on_decoded_rows_and_says_so(make_model: Any) -> None:
         got = model(ids).logits
         like = model.evalkit.new_cache("nvfp4_ds_mla@reference+reader=sm90_bf16")
         plain = model.evalkit.new_cache("bf16@reference")
-        want, other = (model(ids, past_key_values=cache).logits for cache in (like, plain))
+        want, other = (model(ids, **cache.argument).logits for cache in (like, plain))
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(got, other, rtol=1e-3, atol=1e-4)
 

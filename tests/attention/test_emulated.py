@@ -391,8 +391,8 @@ def test_a_model_runs_on_the_triton_kernel(make_model: Any) -> None:
     with torch.no_grad():
         want = model(ids).logits.float()
         cache = model.evalkit.new_cache("fp8_e4m3@emulated")
-        prompt = model(ids[:, :90], past_key_values=cache).logits
-        steps = [prompt] + [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(90, 96)]
+        prompt = model(ids[:, :90], **cache.argument).logits
+        steps = [prompt] + [model(ids[:, t : t + 1], **cache.argument).logits for t in range(90, 96)]
     error = (torch.cat(steps, 1).float() - want).norm(dim=-1) / want.norm(dim=-1)
     # The query's rounding, and selections and expert choices that flip with it.
     assert 0 < float(error.median()) <= 0.2

@@ -20,7 +20,7 @@ def tokens(length, seed):
 def alone(model, candidate, ids):
     with torch.inference_mode():
         cache = model.evalkit.new_cache(candidate)
-        return model.base_model(input_ids=ids, past_key_values=cache).last_hidden_state[0]
+        return model.base_model(input_ids=ids, **cache.argument).last_hidden_state[0]
 
 
 def in_company(model, candidate, texts, prompts, width, shared=0):
@@ -31,7 +31,7 @@ def in_company(model, candidate, texts, prompts, width, shared=0):
     with torch.inference_mode():
         if shared:
             ragged.prefill(torch.tensor([len(texts)]), 0)
-            model.base_model(input_ids=texts[0][:, :shared], past_key_values=cache)
+            model.base_model(input_ids=texts[0][:, :shared], **cache.argument)
         for one in ([2, 0], [1]):
             if shared:
                 ragged.copy(len(texts), torch.tensor(one), shared)
@@ -39,7 +39,7 @@ def in_company(model, candidate, texts, prompts, width, shared=0):
             ids = torch.full((len(one), width), 5)
             for row, n in enumerate(one):
                 ids[row, : prompts[n] - shared] = texts[n][0, shared : prompts[n]]
-            hidden = model.base_model(input_ids=ids, past_key_values=cache).last_hidden_state
+            hidden = model.base_model(input_ids=ids, **cache.argument).last_hidden_state
             for row, n in enumerate(one):
                 found[n].append(hidden[row, prompts[n] - shared - 1])
                 ragged.column[n] = prompts[n]
@@ -47,7 +47,7 @@ def in_company(model, candidate, texts, prompts, width, shared=0):
             mask, places = ragged.step(COLUMNS)
             ids = torch.cat([text[:, n + step] for text, n in zip(texts, prompts, strict=True)])[:, None]
             hidden = model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache
+                input_ids=ids, attention_mask=mask, position_ids=places, **cache.argument
             )
             for n, row in enumerate(hidden.last_hidden_state):
                 found[n].append(row[0])

@@ -78,7 +78,7 @@ def test_powers_of_two_survive_every_reader(make_model: Any) -> None:
 
     def logits(candidate: str) -> Tensor:
         with torch.no_grad():
-            return model(ids, past_key_values=model.evalkit.new_cache(candidate)).logits
+            return model(ids, **model.evalkit.new_cache(candidate).argument).logits
 
     for reader in READERS:
         newer = logits(f"fp8_ds_mla@reference+reader={reader}")

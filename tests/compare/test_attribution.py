@@ -266,8 +266,8 @@ def test_a_mixture_also_decodes_token_by_token(model: Any, documents: list[Tenso
     def logits(cache: PagedCache) -> Tensor:
         ids = documents[0][None]
         with torch.no_grad():
-            model(ids[:, :70], past_key_values=cache)
-            steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(70, 76)]
+            model(ids[:, :70], **cache.argument)
+            steps = [model(ids[:, t : t + 1], **cache.argument).logits for t in range(70, 76)]
         return torch.cat(steps, 1)
 
     mixed = model.evalkit.new_cache(DS_MLA, {})

@@ -45,7 +45,7 @@ def logits(model, passage, candidate):
     with torch.no_grad():
         return model(
             input_ids=passage.ids[None],
-            past_key_values=model.evalkit.new_cache(candidate, {}),
+            **model.evalkit.new_cache(candidate, {}).argument,
             use_cache=True,
         ).logits[0]
 

@@ -9,6 +9,7 @@ import torch
 import evalkit
 from evalkit import kv
 from evalkit.attention.backends.reference import Reference
+from evalkit.attention.cache import ARGUMENT
 from evalkit.evaluate.damage import DamagedFormat, generators
 from evalkit.evaluate.engines import decoding
 from evalkit.evaluate.engines.base import Label, Prompt, Span
@@ -130,7 +131,7 @@ def test_shapes_are_those_of_the_requests_for_every_candidate(engine, grafted_mo
     forward = grafted_model.base_model.forward
 
     def spy(**inputs):
-        shapes.append((tuple(inputs["input_ids"].shape), inputs["past_key_values"].state.candidate.format))
+        shapes.append((tuple(inputs["input_ids"].shape), inputs[ARGUMENT].state.candidate.format))
         return forward(**inputs)
 
     monkeypatch.setattr(grafted_model.base_model, "forward", spy)

@@ -44,7 +44,9 @@ from tests.evaluate.test_served import STAND_IN, TASK, TOPK, counting, small_che
 BASELINE, FLOOR, FP8 = "bf16@flashmla", "bf16@flash_attn", "fp8_ds_mla@flashmla"
 CANDIDATES = [BASELINE, FLOOR, FP8]
 LATER = [f"{name}, start {start}" for start in (2, 3) for name in CANDIDATES]
-LAYERS, DOCUMENTS, TOKENS = 2, 2, 160
+LAYERS, DOCUMENTS = 2, 2
+PHASES = {"prefill": slice(0, 160), "decode": slice(160, 164)}
+TOKENS = 164  # of a document: a prompt, and what is decoded
 POLICY = tasks_dir() / "policies" / "default.toml"
 
 
@@ -72,7 +74,8 @@ def asked(deep):
         "candidates": ",".join(CANDIDATES),
         "engine_starts": "3",
         "layers_documents": str(DOCUMENTS),
-        "layers_prompt_tokens": str(TOKENS),
+        "layers_prompt_tokens": str(PHASES["prefill"].stop),
+        "layers_decode_tokens": str(TOKENS - PHASES["prefill"].stop),
         "tasks": TASK,
         "task_documents": "2",
     }
@@ -121,12 +124,13 @@ def of(files, name, document):
     return found
 
 
-def divergences(files, name):
-    """KL divergence of every token from the baseline's first start, in nats."""
+def divergences(files, name, phase):
+    """KL divergence of every token of a phase from the baseline's first start, in nats."""
     found = []
     for document in range(DOCUMENTS):
         log_p, log_q = (
-            of(files, one, document)["logits"].double().log_softmax(-1) for one in (BASELINE, name)
+            of(files, one, document)["logits"][PHASES[phase]].double().log_softmax(-1)
+            for one in (BASELINE, name)
         )
         found.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return torch.cat(found)
@@ -145,16 +149,15 @@ def test_one_run_has_layers_next_tokens_and_tasks(made, records, capsys):
     shown = (capsys.readouterr().out, *((run.path / n).read_text() for n in ("report.html", "summary.md")))
     for text in (" ".join(text.replace("\n", " ").split()) for text in shown):
         assert (
-            "Seen inside vLLM 0.33.0, in prefill only: the reference is its own bf16@flashmla (first start)"
+            "Seen inside vLLM 0.33.0, whose own bf16@flashmla (first start) is the reference, not bf16@reference"
             in text
         )
-        assert "not bf16@reference" in text
         for title in ("Candidates", "Fresh starts, next token", "Layers", "Tasks", "KL nats"):
             assert title in text, title
     row = {row[0]: row for row in tables.candidates(records).rows}[FP8]
     assert row[2] == "n/a", "no layer can be fed another's input inside an engine"
     assert "(layer" in row[3]
-    assert row[4].endswith(f"({DOCUMENTS * (TOKENS - 1):,})")
+    assert row[4].endswith(f"({DOCUMENTS * 160:,})")
 
 
 def test_every_arm_starts_one_engine(made):
@@ -175,19 +178,25 @@ def test_files_are_of_first_starts_and_of_the_baselines_second_and_go_when_recor
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
 @pytest.mark.parametrize("probe", ["values", "latent", "rope", "output"])
-def test_a_layers_error_is_what_the_files_say(made, records, candidate, probe):
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_layers_error_is_what_the_files_say(made, records, candidate, probe, phase):
     _, files = made
     for layer in range(LAYERS):
         (record,) = (
             r
             for r in only(records, LayerRecord)
-            if (r.candidate, r.layer, r.probe, r.rung) == (candidate, layer, probe, "total")
+            if (r.candidate, r.layer, r.phase, r.probe, r.rung) == (candidate, layer, phase, probe, "total")
         )
         got, ref = (
-            np.concatenate([of(files, one, n)[f"{layer}.{probe}"].double().numpy() for n in range(DOCUMENTS)])
+            np.concatenate(
+                [
+                    of(files, one, n)[f"{layer}.{probe}"][PHASES[phase]].double().numpy()
+                    for n in range(DOCUMENTS)
+                ]
+            )
             for one in (candidate, BASELINE)
         )
-        assert (record.mode, record.phase, record.frozen) == ("propagated", "prefill", "none")
+        assert (record.mode, record.frozen) == ("propagated", "none")
         assert record.relative_l2 == pytest.approx(np.linalg.norm(got - ref) / np.linalg.norm(ref), rel=1e-9)
         assert record.n == got.size
         assert (record.relative_l2 == 0) == (candidate == BASELINE or bool((got == ref).all()))
@@ -201,41 +210,48 @@ def test_a_selections_recall_is_what_the_files_say(made, records):
             len(set(one) & set(other) - {-1}) / len(set(other) - {-1})
             for n in range(DOCUMENTS)
             for one, other in zip(
-                *(of(files, name, n)[f"{record.layer}.selection"].tolist() for name in (record.candidate, BASELINE)),
+                *(
+                    of(files, name, n)[f"{record.layer}.selection"][PHASES[record.phase]].tolist()
+                    for name in (record.candidate, BASELINE)
+                ),
                 strict=True,
             )
         ]  # fmt: skip
         assert record.recall_mean == pytest.approx(np.mean(shares), abs=1e-12)
         assert record.recall_min == pytest.approx(min(shares), abs=1e-12)
-        assert record.n == DOCUMENTS * TOKENS
+        assert record.n == DOCUMENTS * len(range(TOKENS)[PHASES[record.phase]])
         least = min(least, record.recall_mean)
     assert least < 1
-    assert len(only(records, SelectionRecord)) == LAYERS * len(CANDIDATES)
+    assert len(only(records, SelectionRecord)) == LAYERS * len(CANDIDATES) * len(PHASES)
 
 
 def test_the_divergence_of_every_start_is_from_the_baselines_first(made, records):
     _, files = made
-    found = {r.candidate: r for r in only(records, TokenRecord)}
-    assert list(found) == [*CANDIDATES, *LATER]
-    for name, record in found.items():
-        ours = divergences(files, name)
+    found = {(r.candidate, r.phase): r for r in only(records, TokenRecord)}
+    assert list(found) == [(name, phase) for name in (*CANDIDATES, *LATER) for phase in PHASES]
+    for (name, phase), record in found.items():
+        ours = divergences(files, name, phase)
         assert record.kl_mean_nats == pytest.approx(float(ours.mean()), rel=1e-9, abs=1e-15)
         assert record.kl_max_nats == pytest.approx(float(ours.max()), rel=1e-9, abs=1e-15)
-        assert (record.n, record.targets, record.documents) == (DOCUMENTS * (TOKENS - 1),) * 2 + (DOCUMENTS,)
-    assert found[BASELINE].kl_mean_nats == 0
-    assert found[f"{BASELINE}, start 2"].kl_mean_nats > 0
+        tokens = DOCUMENTS * len(range(TOKENS)[PHASES[phase]])
+        # Nothing follows the last token that is decoded.
+        targets = tokens - (DOCUMENTS if phase == "decode" else 0)
+        assert (record.n, record.targets, record.documents) == (tokens, targets, DOCUMENTS)
+    for phase in PHASES:
+        assert found[BASELINE, phase].kl_mean_nats == 0
+        assert found[f"{BASELINE}, start 2", phase].kl_mean_nats > 0
 
 
 def test_the_spread_over_starts_is_a_table(made, records):
     _, files = made
-    rows = {row[0]: row for row in starts.next_tokens(records).rows}
-    assert list(rows) == CANDIDATES
-    for name in CANDIDATES:
+    rows = {row[:2]: row for row in starts.next_tokens(records).rows}
+    assert list(rows) == [(name, phase) for phase in PHASES for name in CANDIDATES]
+    for name, phase in rows:
         of_candidate = [name, f"{name}, start 2", f"{name}, start 3"]
         # The baseline's first start is what all are told from.
-        means = [float(divergences(files, one).mean()) for one in of_candidate[name == BASELINE :]]
-        assert rows[name][1:3] == ("3", f"{tables.number(min(means))} to {tables.number(max(means))}")
-    assert [row[0] for row in tables.tokens(records).rows] == CANDIDATES
+        means = [float(divergences(files, one, phase).mean()) for one in of_candidate[name == BASELINE :]]
+        assert rows[name, phase][2:4] == ("3", f"{tables.number(min(means))} to {tables.number(max(means))}")
+    assert {row[0] for row in tables.tokens(records).rows} == set(CANDIDATES)
 
 
 def test_the_floors_are_another_kernel_and_the_baseline_started_afresh(made, records):
@@ -248,12 +264,12 @@ def test_the_floors_are_another_kernel_and_the_baseline_started_afresh(made, rec
     values = {
         (r.rung, r.candidate, r.layer): r.relative_l2
         for r in only(records, LayerRecord)
-        if r.probe == "values"
+        if (r.probe, r.phase) == ("values", "prefill")
     }
     for layer in range(LAYERS):
         assert values["floor:kernel", FLOOR, layer] == values["total", FLOOR, layer] > 0
         got, ref = (
-            torch.cat([of(files, one, n)[f"{layer}.values"].double() for n in range(DOCUMENTS)])
+            torch.cat([of(files, one, n)[f"{layer}.values"][:160].double() for n in range(DOCUMENTS)])
             for one in (f"{BASELINE}, start 2", BASELINE)
         )
         wanted = float((got - ref).norm() / ref.norm())
@@ -261,7 +277,8 @@ def test_the_floors_are_another_kernel_and_the_baseline_started_afresh(made, rec
         (multiple,) = (
             r.multiple
             for r in only(records, MultipleRecord)
-            if (r.candidate, r.layer, r.probe, r.floor) == (FP8, layer, "values", "floor:kernel")
+            if (r.candidate, r.layer, r.phase, r.probe, r.floor)
+            == (FP8, layer, "prefill", "values", "floor:kernel")
         )
         assert multiple == pytest.approx(
             values["total", FP8, layer] / values["floor:kernel", FLOOR, layer], rel=1e-6
@@ -269,12 +286,14 @@ def test_the_floors_are_another_kernel_and_the_baseline_started_afresh(made, rec
     (diverged,) = (r for r in only(records, DivergenceRecord) if r.candidate == FP8)
     assert (diverged.probe, diverged.mode, diverged.floor) == ("values", "propagated", "floor:kernel")
     curves = [r for r in only(records, PositionRecord) if r.candidate == FP8]
-    assert {(r.probe, r.topk, r.n) for r in curves} == {
-        ("values", TOPK, DOCUMENTS * TOKENS),
-        ("kl", TOPK, DOCUMENTS * (TOKENS - 1)),
+    assert {(r.probe, r.axis, r.topk, r.n) for r in curves} == {
+        (probe, axis, TOPK, DOCUMENTS * tokens)
+        for probe in ("values", "kl")
+        for axis, tokens in (("position", TOKENS), ("generated", TOKENS - 160))
     }
     worst = [r for r in only(records, WorstTokenRecord) if r.candidate == FP8]
-    assert worst[0].kl_nats == pytest.approx(float(divergences(files, FP8).max()), rel=1e-9)
+    most = max(float(divergences(files, FP8, phase).max()) for phase in PHASES)
+    assert worst[0].kl_nats == pytest.approx(most, rel=1e-9)
 
 
 def test_a_policy_that_limits_isolated_errors_judges_such_a_run(made):
@@ -358,9 +377,9 @@ def test_a_run_killed_while_layers_are_compared_starts_no_engine_again(asked, wa
     tokens, layers = resumed(run)
     assert (tmp_path / "starts").read_text() == starts
     names = [BASELINE, FP8, f"{BASELINE}, start 2", f"{FP8}, start 2"]
-    assert [r.candidate for r in tokens] == names
-    places = [(r.candidate, r.layer, r.probe, r.rung) for r in layers]
-    assert len(set(places)) == len(places) == (LAYERS * 5 + 1) * 3
+    assert [r.candidate for r in tokens] == [name for name in names for _ in PHASES]
+    places = [(r.candidate, r.layer, r.phase, r.probe, r.rung) for r in layers]
+    assert len(set(places)) == len(places) == (LAYERS * 5 + 1) * 3 * len(PHASES)
     assert not list((run.path / "engines").glob("*/*/*.safetensors"))
 
 
@@ -388,7 +407,7 @@ def test_a_run_killed_while_engines_show_asks_for_the_rest(asked, warm_python, t
         patch.setattr(Shown, "forget", seen)
         tokens, _ = resumed(run)
     assert times == [before]
-    assert {r.n for r in tokens} == {DOCUMENTS * (TOKENS - 1)}
+    assert {(r.phase, r.n) for r in tokens} == {("prefill", DOCUMENTS * 160), ("decode", DOCUMENTS * 4)}
 
 
 def test_a_run_whose_prompts_have_changed_does_not_go_on(asked, warm_python, tmp_path):
@@ -396,7 +415,7 @@ def test_a_run_whose_prompts_have_changed_does_not_go_on(asked, warm_python, tmp
     prompts.write_text("one two three four " * 200)
     given = asked | {"layers_prompts": str(prompts), "layers_documents": "1"}
     run = begun(given, warm_python, tmp_path / "runs")
-    Shown([[1, 2, 3]], run.path / "engines").refuse_others()
+    Shown([[1, 2, 3]], 0, run.path / "engines").refuse_others()
     with pytest.raises(InputError, match="holds layers of other prompts than layers_prompts gives now"):
         resumed(run)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from evalkit import kv
 from evalkit.errors import InputError
-from evalkit.evaluate.engines import vllm
+from evalkit.evaluate.engines import inside, vllm
 from evalkit.evaluate.engines.base import Label, Prompt, Span
 from evalkit.evaluate.engines.launch import launch
 from evalkit.evaluate.engines.native import NativeEngine
@@ -335,10 +336,10 @@ def test_layers_and_logits_are_kept_as_the_engine_computed_them(start, tokenizer
     files = engine.keep(documents)
     for ids, file in zip(documents, files, strict=True):
         logits = load_file(file)["logits"]
-        assert logits.shape == (len(ids) - 1, len(tokenizer))
+        assert logits.shape == (len(ids), len(tokenizer))
         assert logits.dtype == torch.bfloat16
         told = json.loads(file.with_suffix(".json").read_text())["chosen"]
-        ours = logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        ours = logits[:-1].float().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(told), ours, rtol=0, atol=1e-5)
 
     before = files[0].stat().st_mtime_ns
@@ -359,6 +360,49 @@ def test_layers_and_logits_are_kept_as_the_engine_computed_them(start, tokenizer
         if name == "bf16":
             ours = kv.get(name).encode(found[f"{layer}.latent"], found[f"{layer}.rope"], Scales())
             assert torch.equal(ours.view(torch.uint8), rows)
+
+
+@pytest.mark.parametrize("candidate", ["bf16@flashmla", "fp8_ds_mla@flashmla"])
+def test_decoded_tokens_are_the_documents_own_whatever_the_model_would_have_chosen(
+    start, tokenizer, candidate
+):
+    ids, decode = tokenizer("the first of them " * 3)["input_ids"], 5
+    ids = [*ids, *start().stop_ids[:1], *ids[:4]]  # none of them ends a document
+    engine = start(candidate, folder="decoded")
+    (file,) = engine.keep([ids], decode=decode, layers=True)
+    (whole,) = start(candidate, folder="prefilled").keep([ids], layers=True)
+    found, wanted = load_file(file), load_file(whole)
+    assert found.keys() == wanted.keys()
+    chosen = found["logits"][-decode - 1 : -1].argmax(-1).tolist()
+    assert chosen != ids[-decode:], "it would have chosen these anyway"
+    for name, tensor in found.items():
+        assert tensor.shape == wanted[name].shape
+        # Alike in the stand-in, which computes everything anew at each step.
+        torch.testing.assert_close(tensor.float(), wanted[name].float(), rtol=2e-2, atol=2e-2)
+    assert len(json.loads(file.with_suffix(".json").read_text())["chosen"]) == len(ids) - decode - 1
+
+
+def test_a_prompt_whose_logits_cannot_be_told_apart_is_refused(start):
+    with pytest.raises(
+        InputError, match="document 1 has 6 tokens, of which 4 are decoded: its prompt needs at least 3"
+    ):
+        start(script={"fail_start": "must not be started"}).keep([[1] * 7, [1] * 6], decode=4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"logits": [4, 1, 1], "0.values": [3, 2, 1]}, "0.values: pieces of [3, 2, 1] rows were seen, [5, 1] were"),
+        ({"logits": [4, 1, 1, 1]}, "logits: pieces of [4, 1, 1, 1] rows were seen, [4, 1, 1] were expected"),
+        ({"logits": [4, 1], "0.values": [5, 1]}, "logits: pieces of [4, 1] rows were seen, [4, 1, 1] were expected"),
+    ],
+)  # fmt: skip
+def test_steps_that_were_not_asked_for_are_refused(parts, said, monkeypatch, tmp_path):
+    kept = {name: [torch.zeros(rows, 2) for rows in sizes] for name, sizes in parts.items()}
+    monkeypatch.setattr(inside, "KEPT", kept)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        inside.take(None, str(tmp_path / "file"), 5, 1)
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_document_counts_as_shown_when_its_account_is_whole(start, tokenizer, monkeypatch):

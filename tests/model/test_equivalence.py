@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from evalkit.attention.cache import ARGUMENT
 from evalkit.model.load import graft
 
 LENGTH = 96  # three times the models' top-k of 32
@@ -87,7 +88,7 @@ class TestFloat32:
         cache = path.evalkit.new_cache()
         cache.state.forced_selection = reference.selection
         with torch.no_grad():
-            got = path(prompt(), past_key_values=cache).logits
+            got = path(prompt(), **cache.argument).logits
         assert distance(got, reference.logits).max() <= 1e-5
 
     def test_selections_differ_from_transformers_only_at_near_ties(
@@ -100,7 +101,7 @@ class TestFloat32:
         cache.state.forced_selection = reference.selection  # so that every layer sees transformers' input
         cache.state.observer = scores = Scores()
         with torch.no_grad():
-            path(prompt(1), past_key_values=cache)
+            path(prompt(1), **cache.argument)
         for layer in {layer for probe, layer in scores.seen if probe == "index_scores"}:
             table = scores.seen["index_scores", layer]
             for query in range(LENGTH):
@@ -121,7 +122,7 @@ class TestFloat32:
             out = path(ids[:, :70])
             steps = [out.logits]
             for token in range(70, LENGTH):
-                out = path(ids[:, token : token + 1], past_key_values=out.past_key_values)
+                out = path(ids[:, token : token + 1], **out[ARGUMENT].argument)
                 steps.append(out.logits)
         assert distance(torch.cat(steps, 1), whole).max() <= 1e-5
 
@@ -141,7 +142,7 @@ class TestFloat32:
         cache = path.evalkit.new_cache()
         cache.state.forced_selection = reference.selection
         with torch.no_grad():
-            forced = path(ids, past_key_values=cache, **inputs).logits
+            forced = path(ids, **cache.argument, **inputs).logits
         assert distance(forced, reference.logits)[mask.bool()].max() <= 1e-5
 
 
@@ -161,7 +162,7 @@ class TestBfloat16:
         cache.state.forced_selection = reference.selection
         cache.state.forced_routing = reference.routing
         with torch.no_grad():
-            got = path(prompt(), past_key_values=cache).logits
+            got = path(prompt(), **cache.argument).logits
         assert distance(got.flatten(0, 1).flatten(), reference.logits.flatten(0, 1).flatten()) <= 1e-2
 
     def test_free_running_it_is_no_farther_from_float32_than_transformers_own_bf16(
@@ -189,7 +190,7 @@ def test_on_a_cpu_query_rows_and_attention_are_rounded_to_bf16(make_model: Any) 
     cache = path.evalkit.new_cache()
     cache.state.observer = Calls()
     with torch.no_grad():
-        path(prompt(), past_key_values=cache)
+        path(prompt(), **cache.argument)
     assert seen.keys() == {"q_latent", "q_rope", "out"}
     assert all(torch.equal(x, x.bfloat16().float()) for x in seen.values())
 

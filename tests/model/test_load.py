@@ -189,7 +189,7 @@ def test_each_layer_uses_its_own_scale(make_model: Any) -> None:
     cache = model.evalkit.new_cache()
     cache.state.observer = Calls()
     with torch.no_grad():
-        model(torch.randint(2, 128, (1, 20)), past_key_values=cache)
+        model(torch.randint(2, 128, (1, 20)), **cache.argument)
     assert seen == scales
 
 

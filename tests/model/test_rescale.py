@@ -78,7 +78,7 @@ class Seen:
         cache = model.evalkit.new_cache()
         cache.state.observer = self
         with torch.no_grad():
-            self.logits = model(ids[None], past_key_values=cache).logits
+            self.logits = model(ids[None], **cache.argument).logits
 
     def tensor(self, probe: str, layer: int, value: Tensor) -> None:
         self.found[probe, layer] = value.clone()

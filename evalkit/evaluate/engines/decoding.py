@@ -125,7 +125,7 @@ class Decoder:
         return self._forward(input_ids=ids, position_ids=places)
 
     def _forward(self, **inputs: Tensor) -> Tensor:
-        hidden: Tensor = self._body(**inputs, past_key_values=self._cache, use_cache=True).last_hidden_state
+        hidden: Tensor = self._body(**inputs, **self._cache.argument, use_cache=True).last_hidden_state
         return hidden
 
     def _step(self, visible: int) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 # Tensors of the requests since `watch`, by name; the hooks live as long.
 KEPT: dict[str, list[Tensor]] = {}
 HOOKS: list[Any] = []
+# What the request that is watched is to generate, whatever its logits say; those that are due come first.
+FORCED: list[int] = []
 
 
 def attention_layers(model: Any) -> Iterator[tuple[int, Any]]:
@@ -78,29 +80,37 @@ def forget(_model: Any) -> None:
     while HOOKS:
         HOOKS.pop().remove()
     KEPT.clear()
+    FORCED.clear()
 
 
-def take(_model: Any, path: str, tokens: int) -> dict[str, list[int]]:
-    """Write what was kept of one prompt of `tokens` tokens to a safetensors file; returns the tensors' shapes.
+def force(_model: Any, tokens: list[int]) -> None:
+    """Have the next request, which runs alone, generate these tokens; what it would have chosen is kept as logits."""
+    FORCED[:] = tokens
 
-    logits [tokens - 1, V] predict the second token to the last. Where several processes share an engine, the one that
-    has the logits writes `path`, and the others their heads or layers to `path` with their rank appended.
+
+def take(_model: Any, path: str, prompt: int, decoded: int) -> dict[str, list[int]]:
+    """Write what was kept of one request, of `prompt` tokens at once and `decoded` one by one; returns shapes by name.
+
+    The safetensors file has of every tensor [prompt + decoded, ...], logits [prompt + decoded, V] being what predicts
+    the token after each. Where several processes share an engine, the one that has the logits writes `path`, and the
+    others their heads or layers to `path` with their rank appended.
 
     Raises:
-        ValueError: the prompt was not computed in one piece.
+        ValueError: the prompt was not computed in one piece, or other steps were seen than were asked for.
     """
     from safetensors.torch import save_file
 
     found: dict[str, Tensor] = {}
     for name, parts in KEPT.items():
-        wanted = tokens - 1 if name == "logits" else tokens
-        whole = [part for part in parts if len(part) == wanted]
-        if len(whole) != 1:
+        # vLLM works out the prompt's last logits, from which it samples, apart from those before.
+        wanted = [prompt - 1, *[1] * (decoded + 1)] if name == "logits" else [prompt, *[1] * decoded]
+        steps = sorted(parts, key=len, reverse=True)  # of those of one length, each stays where it was
+        if [len(step) for step in steps] != wanted:
             raise ValueError(
-                f"{name}: {[len(part) for part in parts]} rows were seen, one piece of {wanted} was expected; "
-                "raise max_num_batched_tokens"
+                f"{name}: pieces of {[len(part) for part in parts]} rows were seen, {wanted} were expected; where the prompt "
+                "is cut, raise max_num_batched_tokens"
             )
-        found[name] = whole[0].contiguous().cpu()
+        found[name] = torch.cat(steps).cpu()
     for parts in KEPT.values():
         parts.clear()
     if found:
@@ -108,9 +118,16 @@ def take(_model: Any, path: str, tokens: int) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in found.items()}
 
 
-def _logits(_module: Any, _args: Any, logits: Tensor | None) -> None:
-    if logits is not None:
-        KEPT.setdefault("logits", []).append(logits.detach().clone())
+def _logits(_module: Any, _args: Any, logits: Tensor | None) -> Tensor | None:
+    """Keeps the logits; from a single token's, those are returned that leave no choice where one is forced."""
+    if logits is None:
+        return None
+    KEPT.setdefault("logits", []).append(logits.detach().clone())
+    if len(logits) > 1 or not FORCED:
+        return None
+    forced = torch.full_like(logits, -torch.inf)
+    forced[:, FORCED.pop(0)] = 0
+    return forced
 
 
 def _attention(layer: int) -> Any:

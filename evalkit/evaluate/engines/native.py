@@ -240,7 +240,7 @@ class NativeEngine:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=plain.positions(mask),
-                past_key_values=cache,
+                **cache.argument,
                 use_cache=cache is not None,
             ).last_hidden_state  # [B, T, D]
             for row, i in zip(hidden, batch, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evalkit.attention.cache import ARGUMENT
 from evalkit.evaluate.engines.base import Answer, Prompt
 from evalkit.evaluate.engines.stops import Stops
 
@@ -28,11 +29,11 @@ def decode(
             input_ids=ids,
             attention_mask=mask,
             position_ids=columns,
-            past_key_values=cache,
+            **{ARGUMENT: cache},
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = out.past_key_values
+        cache = out[ARGUMENT]
         ids = out.logits[:, -1:].argmax(-1)  # [B, 1]
         for row, token in enumerate(ids.flatten().tolist()):
             if row in answers:

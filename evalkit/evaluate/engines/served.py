@@ -117,7 +117,8 @@ class Served(ABC):
 
     def fetch(self, arms: Sequence[Arm], run: Path, layers: bool = False) -> Shown:
         """Ask the engines all that tasks will ask of these arms, and with `layers` to show every start's documents."""
-        shown = Shown(self.asked.documents if layers else (), run / FOLDER)
+        documents = self.asked.documents if layers else ()
+        shown = Shown(documents, self.config.layers_decode_tokens, run / FOLDER)
         if layers:
             shown.refuse_others()
         unasked = {arm.name for arm in arms}

@@ -1,7 +1,8 @@
 """What a run's engines show of its layer documents: files of each arm, until records are made of them.
 
-Each document is prefilled alone and in one piece. A file holds the logits [T - 1, V] and, of first starts and of the
-baseline's second, every layer's tensors: queries, values, rows, selection and what goes in and out. That is about
+Each document runs alone, its prompt in one piece and its last tokens one by one. A file holds the logits [T, V] and, of
+first starts and of the baseline's second, every layer's tensors: queries, values, rows, selection and what goes in and
+out. That is about
 8 KB a token and layer of dsa-nano, 120 KB of DeepSeek-V3.2, and while a document runs as much of GPU memory: 2,048
 tokens are 70 MB there and 15 GB here, for each such start. Later starts keep logits alone, 4 MB and 0.5 GB.
 """
@@ -30,11 +31,12 @@ class Shown:
 
     Args:
         documents: token ids of each; empty asks nothing.
+        decode: how many of their last tokens are decoded.
         folder: of all engines.
     """
 
-    def __init__(self, documents: Sequence[Sequence[int]], folder: Path) -> None:
-        self.documents, self.folder = documents, folder
+    def __init__(self, documents: Sequence[Sequence[int]], decode: int, folder: Path) -> None:
+        self.documents, self.decode, self.folder = documents, decode, folder
         self._files: dict[str, list[Path]] = {}
 
     def wants(self, arm: Arm) -> bool:
@@ -48,14 +50,17 @@ class Shown:
             InputError: it attends prompts of this length past its cache, so that no stored row would be seen.
         """
         proof = engine.proof or engine.start()
-        dense, tokens = proof.get("dense_prefill_tokens") or 0, min(map(len, self.documents))
+        dense = proof.get("dense_prefill_tokens") or 0
+        tokens = min(map(len, self.documents)) - self.decode
         if tokens <= dense:
             raise InputError(
                 f"layers_prompt_tokens is {tokens}: vLLM {proof['vllm']} attends a prompt of at most {dense} tokens "
                 "past its cache, and no stored row would be compared; ask for more"
             )
         with progress(f"layers {arm.name}", len(self.documents)) as told:
-            self._files[arm.name] = engine.keep(self.documents, layers=arm.shows_layers, told=told)
+            self._files[arm.name] = engine.keep(
+                self.documents, decode=self.decode, layers=arm.shows_layers, told=told
+            )
 
     def starts(self, arms: Sequence[Arm]) -> list[Start]:
         """Of the arms that showed something; the baseline's first start leads."""
@@ -64,7 +69,8 @@ class Shown:
 
     def refuse_others(self) -> None:
         """Raise InputError where what lies here was shown of other documents: a prompt file may have changed."""
-        said = hashlib.sha256(json.dumps([list(ids) for ids in self.documents]).encode()).hexdigest()
+        shown = [self.decode, *map(list, self.documents)]
+        said = hashlib.sha256(json.dumps(shown).encode()).hexdigest()
         file = self.folder / DOCUMENTS
         if file.exists() and file.read_text() != said:
             raise InputError(

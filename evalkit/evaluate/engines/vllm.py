@@ -129,17 +129,33 @@ class VllmEngine:
             yield place, (found["nats"], found["greedy"])
 
     def keep(
-        self, documents: Sequence[Sequence[int]], layers: bool = False, told: Callable[[], None] | None = None
+        self,
+        documents: Sequence[Sequence[int]],
+        *,
+        decode: int = 0,
+        layers: bool = False,
+        told: Callable[[], None] | None = None,
     ) -> list[Path]:
-        """One safetensors file a document, by its number: its logits [T - 1, V], and with `layers` every layer's tensors.
+        """One safetensors file a document, by its number: its logits [T, V], and with `layers` every layer's tensors.
 
         Files that are there are not made again. Documents run alone, one after the other.
 
         Args:
+            documents: token ids of each, T of them.
+            decode: how many of the last tokens are decoded, one by one, after a prompt of the others.
             told: called after each document.
+
+        Raises:
+            InputError: layers are wanted of an engine with CUDA graphs, or a document's prompt is under 3 tokens.
         """
         if layers and not self.launch.eager:
             raise InputError("layers are captured without CUDA graphs only: eager = true")
+        for number, ids in enumerate(documents):
+            # The prompt's logits come in two pieces, its last and all others, which are told by their size.
+            if len(ids) - decode < 3:
+                raise InputError(
+                    f"document {number} has {len(ids)} tokens, of which {decode} are decoded: its prompt needs at least 3"
+                )
         folder = self.folder / ("layers" if layers else "logits")
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{number:04}.safetensors" for number in range(len(documents))]
@@ -150,7 +166,7 @@ class VllmEngine:
                 {"id": number, "ids": list(documents[number]), "file": str(files[number])}
                 for number in missing
             ]
-            message = {"do": "keep", "documents": asked, "layers": layers}
+            message = {"do": "keep", "documents": asked, "decode": decode, "layers": layers}
             for reply in self._running().ask(message) if asked else ():
                 found = reply["kept"]
                 # Last, so that a file whose writing was cut off counts as missing.

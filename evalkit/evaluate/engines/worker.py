@@ -3,7 +3,7 @@
     {"do": "start", "launch": {…}}                         -> {"started": {…}}
     {"do": "generate", "prompts": [...], "logprobs": k}     -> {"answer": {…}} as they end
     {"do": "score", "spans": [...]}                        -> {"score": {…}} as they end
-    {"do": "keep", "documents": [...], "layers": false}    -> {"kept": {…}}, one file a document
+    {"do": "keep", "documents": [...], "decode": d, "layers": false} -> {"kept": {…}}, one file a document
 
 and after each {"done": true}, {"refused": line} for what the caller can mend, or {"failed": line}. All else that is
 printed, vLLM's log included, goes to stderr.
@@ -98,17 +98,29 @@ class Held:
                     send({"score": {"id": span["id"]} | _score(told, span["continuation"])})
 
     def keep(self, message: dict[str, Any], send: Send) -> None:
-        """One document at a time, so that every candidate computes in the same shapes; logits of forced text."""
+        """One document at a time, so that every candidate computes in the same shapes; all of it is forced text.
+
+        Its last `decode` tokens are generated, one by one, whatever the model makes of them.
+        """
         self.llm.apply_model(partial(inside.watch, layers=message["layers"]))
         for document in message["documents"]:
-            ids = document["ids"]
-            self.add(ids, {"max_tokens": 1, "prompt_logprobs": 0})
+            decoded = message["decode"]
+            end = len(document["ids"]) - decoded
+            ids, forced = document["ids"][:end], document["ids"][end:]
+            self.llm.apply_model(partial(inside.force, tokens=forced))
+            # One more than is forced, so that the last of them is attended with.
+            options = {"max_tokens": decoded + 1, "prompt_logprobs": 0, "stop_token_ids": []}
+            self.add(ids, options)
             told: Any = None
             while self.llm.llm_engine.has_unfinished_requests():
                 for output in self.llm.llm_engine.step():
                     told = output.prompt_logprobs or told
+                    made = list(output.outputs[0].token_ids)
+            if made[:decoded] != forced:
+                raise ValueError(f"{made[:decoded]} was generated where {forced} is forced")
             chosen = [told[place][token].logprob for place, token in enumerate(ids) if place]
-            found = self.llm.apply_model(partial(inside.take, path=document["file"], tokens=len(ids)))
+            taken = partial(inside.take, path=document["file"], prompt=end, decoded=decoded)
+            found = self.llm.apply_model(taken)
             shapes = next((shapes for shapes in found if "logits" in shapes), found[0])
             send({"kept": {"id": document["id"], "shapes": shapes, "chosen": chosen}})
         self.llm.apply_model(inside.forget)
@@ -120,9 +132,8 @@ class Held:
 
         self.count += 1
         name = f"evalkit-{self.count}"
-        params = SamplingParams(
-            temperature=0.0, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False, **options
-        )
+        options = {"stop_token_ids": self.stop_ids, "ignore_eos": True, "detokenize": False} | options
+        params = SamplingParams(temperature=0.0, **options)
         self.llm.llm_engine.add_request(name, tokens_input(ids), params)
         return name
 

@@ -113,12 +113,13 @@ class LLMEngine:
     @torch.inference_mode()
     def advance(self, name, request):
         params, prompt_logprobs = request.params, None
-        logits = self.llm.run(request.ids + request.made)
+        ids = request.ids + request.made
+        logits = self.llm.run(ids, 1 if request.made else len(ids))
+        sampled = self.llm.model.logits_processor(lambda x: x, logits[-1:])
         if params.prompt_logprobs is not None and not request.made:
-            self.llm.model.logits_processor(lambda x: x, logits[-1:])
             told = self.llm.model.logits_processor(lambda x: x, logits[:-1])
             prompt_logprobs = [None, *tell(told, request.ids[1:], params.prompt_logprobs)]
-        token = int(logits[-1].argmax())
+        token = int(sampled[-1].argmax())
         request.made.append(token)
         request.told = [
             *getattr(request, "told", []),
@@ -147,8 +148,8 @@ def tell(logits, tokens, count):
     return found
 
 
-def run(self, ids):
-    """Logits [T, V] of one sequence; what each layer sees goes through the modules that hooks are on."""
+def run(self, ids, fresh):
+    """Logits [T, V] of one sequence; what each layer sees of its last `fresh` tokens goes through the hooked modules."""
     native, cache = self.native, self.native.evalkit.new_cache()
     hooks, hidden = [], {}
     for number, path in enumerate(native.evalkit.layers):
@@ -161,20 +162,20 @@ def run(self, ids):
             )
         )
     cache.state.observer = seen = PerLayer(PROBES)
-    out = native(input_ids=torch.tensor([ids]), past_key_values=cache).logits[0]
+    out = native(input_ids=torch.tensor([ids]), **cache.argument).logits[0]
     for hook in hooks:
         hook.remove()
     for number, layer in enumerate(self.model.model.layers):
         found = seen.layers[number].joined()
         wrapper = layer.self_attn.mla_attn
         values = self.disturbed(found["values"].flatten(1), len(ids) + number)
-        wrapper.mla_attn.show(cache.state.layers[number], values, found["selection"])
-        CONTEXT.slot_mapping[wrapper.mla_attn.layer_name] = torch.arange(len(ids))
-        states = hidden[number][0]
-        latent, rope = (found[name].to(torch.bfloat16) for name in ("latent", "rope"))
+        wrapper.mla_attn.show(cache.state.layers[number], values[-fresh:], found["selection"][-fresh:])
+        CONTEXT.slot_mapping[wrapper.mla_attn.layer_name] = torch.arange(len(ids))[-fresh:]
+        states = hidden[number][0, -fresh:]
+        latent, rope = (found[name][-fresh:].to(torch.bfloat16) for name in ("latent", "rope"))
         wrapper.mla_attn(states, latent, rope[:, None], output_shape=None)
-        wrapper.shown = found["output"]
-        wrapper(torch.arange(len(ids)), states, None)
+        wrapper.shown = found["output"][-fresh:]
+        wrapper(torch.arange(len(ids))[-fresh:], states, None)
     return self.disturbed(out, len(ids)).bfloat16()
 
 
