@@ -12,12 +12,13 @@ import typer
 
 from evalkit import __version__
 from evalkit.commands import checkpoints, machine, nights, runs, verdicts
-from evalkit.commands.options import BAD_INPUT, CRASH, INTERRUPTED
-from evalkit.errors import InputError
+from evalkit.commands.options import ANOMALOUS, BAD_INPUT, CRASH, INTERRUPTED
+from evalkit.errors import EngineDiedError, InputError, TruncatedError
 
 __all__ = ["BAD_INPUT", "app", "main"]
 
 CLICK_USAGE = 2
+ONE_LINE = {InputError: BAD_INPUT, EngineDiedError: CRASH, TruncatedError: ANOMALOUS}
 # What the machine refuses, which no change of the code would help.
 REFUSED = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS,
@@ -43,9 +44,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 64 bad input, 70 crash, 130 interrupted.
+    """Run a command and exit: 0 done, 12 anomalous, 64 bad input, 70 crash, 130 interrupted.
 
-    64 and 70 collide with none of Python's 1, the command-line library's 2 and make's 2.
+    None collides with Python's 1, the command-line library's 2 and make's 2.
     """
     with _ExitCode() as code:
         app(argv)
@@ -70,9 +71,9 @@ class _ExitCode:
                 self.value = error.code if isinstance(error.code, int) else int(error.code is not None)
                 if self.value == CLICK_USAGE:
                     self.value = BAD_INPUT
-            case InputError():
+            case InputError() | EngineDiedError() | TruncatedError():
                 print("evalkit: " + " ".join(str(error).split()), file=sys.stderr)
-                self.value = BAD_INPUT
+                self.value = ONE_LINE[type(error)]
             case OSError(errno=number, filename=str() | Path() as name) if number in REFUSED:
                 print(f"evalkit: {name}: {error.strerror}", file=sys.stderr)
                 self.value = BAD_INPUT

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+ANOMALOUS = 12
 BAD_INPUT = 64
 ALERT = 20
 CRASH = 70

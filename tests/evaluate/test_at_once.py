@@ -8,11 +8,10 @@ from threading import Event
 import pytest
 
 from evalkit.config import RunConfig
-from evalkit.errors import InputError
+from evalkit.errors import EngineDiedError, InputError
 from evalkit.evaluate.engines.arms import Arm
 from evalkit.evaluate.engines.at_once import Running, at_once
 from evalkit.evaluate.engines.on_vllm import VllmScorer
-from evalkit.evaluate.engines.process import EngineDiedError
 from tests.evaluate.test_served import TASK, small_checkpoint
 
 

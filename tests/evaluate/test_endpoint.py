@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from evalkit.errors import InputError
+from evalkit.errors import EngineDiedError, InputError, TruncatedError
 from evalkit.evaluate.engines import endpoint
 from evalkit.evaluate.engines.base import Label, Prompt, Span
-from evalkit.evaluate.engines.endpoint import UNSEEN, EndpointEngine, TruncatedError
-from evalkit.evaluate.engines.process import EngineDiedError
+from evalkit.evaluate.engines.endpoint import UNSEEN, EndpointEngine
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF
 
 WRITES = "so it goes. And on"

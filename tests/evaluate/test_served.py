@@ -10,7 +10,7 @@ import pytest
 from evalkit import cli, environment, pipeline, prepare
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
-from evalkit.evaluate.engines import on_vllm
+from evalkit.evaluate.engines import endpoint, on_vllm
 from evalkit.evaluate.engines.endpoint import UNSEEN
 from evalkit.evaluate.engines.on_vllm import VllmScorer
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF
@@ -369,3 +369,35 @@ def test_servers_are_asked_in_their_candidates_order_and_layers_are_said_to_be_u
     assert (len(bf16.asked), len(fp8.asked)) == (2 * DOCUMENTS, DOCUMENTS)
     sample = only(read_samples(run.path), SampleRecord)[0]
     assert sample.generated_text == "so it goes"
+
+
+@pytest.mark.parametrize(
+    ("faults", "code", "said"),
+    [
+        ({"reads": 100}, 12, "evalkit: ANOMALOUS: {task} document 0: {url} read 100 prompt tokens"),
+        ({"fails": 10**6}, 70, "evalkit: {url} gives no answer after 4 tries: HTTP 503"),
+    ],
+)
+def test_a_server_that_fails_ends_the_run_in_one_line_and_the_run_goes_on_when_it_is_back(
+    serve, settings, tmp_path, capfd, monkeypatch, faults, code, said
+):
+    monkeypatch.setattr(endpoint, "WAIT_S", 0.01)
+    server = serve(**faults)
+    given = settings | {
+        "out": str(tmp_path), "engine": "endpoint", "candidates": "bf16", "endpoint": server.url, "batch_size": "2",
+    }  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["tasks", *(f"--set={key}={value}" for key, value in given.items())])
+    assert ended.value.code == code
+    err, (run,) = capfd.readouterr().err, tmp_path.iterdir()
+    (line,) = (line for line in err.splitlines() if line.startswith("evalkit: "))
+    assert line.startswith(said.format(url=server.url, task=TASK))
+    assert "Traceback" not in err
+    assert f"to go on: evalkit run --resume {run}" in err
+
+    server.faults.clear()
+    server.faults["card"] = {"max_model_len": 1024}
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", "--resume", str(run)])
+    assert ended.value.code == 0
+    assert [len(arm) for arm in answered(RunDirectory(run), "bf16@endpoint")] == [DOCUMENTS]

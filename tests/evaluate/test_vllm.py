@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from evalkit import kv
-from evalkit.errors import InputError
+from evalkit.errors import EngineDiedError, InputError
 from evalkit.evaluate.engines import inside, vllm
 from evalkit.evaluate.engines.base import Label, Prompt, Span
 from evalkit.evaluate.engines.launch import launch
 from evalkit.evaluate.engines.native import NativeEngine
-from evalkit.evaluate.engines.process import EngineDiedError, Worker
+from evalkit.evaluate.engines.process import Worker
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF, VllmEngine, refuse_other_path
 from evalkit.kv import Scales
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Lock
 from typing import Any
 
-from evalkit.evaluate.engines.process import EngineDiedError
+from evalkit.errors import EngineDiedError
 
 
 class Running:

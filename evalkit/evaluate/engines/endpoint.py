@@ -17,10 +17,9 @@ from typing import Any
 
 import requests
 
-from evalkit.errors import InputError
+from evalkit.errors import EngineDiedError, InputError, TruncatedError
 from evalkit.evaluate.engines.base import Answer, Prompt, Span
 from evalkit.evaluate.engines.kept import Kept, Questions
-from evalkit.evaluate.engines.process import EngineDiedError
 from evalkit.evaluate.engines.stops import Stops
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF, text_of
 from evalkit.progress import progress
@@ -33,10 +32,6 @@ TRIES, WAIT_S, LONGEST_WAIT_S = 4, 2.0, 60.0
 # Refusals that pass: of a request that took too long to arrive, and of too many.
 PASSING = (408, 429)
 SILENT = 1  # a prompt's scores come with one generated token, which nobody reads
-
-
-class TruncatedError(RuntimeError):
-    """ANOMALOUS: the server did not read, or did not write, what it was asked to."""
 
 
 class EndpointEngine:

@@ -240,8 +240,8 @@ class NativeEngine:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=plain.positions(mask),
-                **cache.argument,
                 use_cache=cache is not None,
+                **({} if cache is None else cache.argument),
             ).last_hidden_state  # [B, T, D]
             for row, i in zip(hidden, batch, strict=True):
                 yield i, self._read(row, spans[i].continuation)

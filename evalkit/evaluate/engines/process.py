@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import evalkit
-from evalkit.errors import InputError
+from evalkit.errors import EngineDiedError, InputError
 
 # What the log of an engine that cannot start says, and what would be right.
 MENDABLE = (
@@ -36,10 +36,6 @@ TELLING = re.compile(
     r"|KV cache format for|Padding num_heads|Using bfloat16 kv-cache|backend out of potential|attention backend"
 )
 FRAME = re.compile(r"^\s*(File |at |During handling|Traceback)")
-
-
-class EngineDiedError(RuntimeError):
-    """The worker ended, or failed in a way that a fresh one may not."""
 
 
 class Worker:

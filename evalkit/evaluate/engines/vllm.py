@@ -16,11 +16,11 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
-from evalkit.errors import InputError
+from evalkit.errors import EngineDiedError, InputError
 from evalkit.evaluate.engines.base import Answer, Prompt, Span
 from evalkit.evaluate.engines.kept import Kept, Questions
 from evalkit.evaluate.engines.launch import ENVIRONMENT, Launch
-from evalkit.evaluate.engines.process import EngineDiedError, Worker
+from evalkit.evaluate.engines.process import Worker
 from evalkit.progress import progress
 from evalkit.records import write_whole
 
