@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from benchmarks.serving import __main__ as serving
-from benchmarks.serving import native
+from benchmarks.serving import layers, native
 
 
 @pytest.fixture
@@ -45,3 +47,33 @@ def test_the_process_that_the_native_step_starts_runs_that_step_alone(run, monke
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert run(*command[4:]) == ["native"]
+
+
+def test_the_native_step_leaves_vllm_out_and_keeps_a_folder_of_libraries(run, monkeypatch, tmp_path):
+    for name in ("engine", "libraries"):
+        (tmp_path / name / "vllm").mkdir(parents=True)
+    (tmp_path / "engine" / "vllm" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'engine'}:{tmp_path / 'libraries'}")
+    started = []
+    monkeypatch.setattr(subprocess, "run", lambda command, env, check: started.append(env["PYTHONPATH"]))
+    native.native_step(plan=None)
+    assert started == [str(tmp_path / "libraries")]
+
+
+def test_a_document_shown_again_tells_order_from_choice_and_both_from_values(tmp_path):
+    shown = {
+        "0.latent": torch.ones(4, 2),
+        "0.selection": torch.tensor([[0, -1], [0, 1], [1, 2], [3, 1]], dtype=torch.int32),
+        "0.values": torch.tensor([[1.0, 1], [1, 1], [1, 1], [1, 1]]),
+    }
+    again = {name: tensor.clone() for name, tensor in shown.items()}
+    again["0.selection"][1] = torch.tensor([1, 0])  # the same in another order
+    again["0.selection"][3] = torch.tensor([3, 2])  # another key
+    again["0.values"][3, 0] = 3
+    (tmp_path / "layers").mkdir()
+    for number, tensors in ((0, shown), (2, again)):
+        save_file(tensors, tmp_path / "layers" / f"{number:04}.safetensors")
+    (row,) = layers.repeated(tmp_path, 2)
+    assert row == {
+        "layer": 0, "latent": 0.0, "recall": 0.875, "in_order": 0.5, "values": pytest.approx(2 / 8**0.5), "equal": 7 / 8,
+    }  # fmt: skip

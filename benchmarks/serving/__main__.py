@@ -41,7 +41,9 @@ def vllm_step(plan: Plan) -> None:
             say(f"{arm}: {len(answers)} answers after {time.perf_counter() - began:.1f} s")
             engine.keep(plan.forced)
             say(f"{arm}: {len(plan.forced)} documents' logits after {time.perf_counter() - began:.1f} s")
-            engine.keep(plan.forced[: plan.layer_documents], layers=True)
+            shown = plan.forced[: plan.layer_documents]
+            # The first of them once more, by the same engine.
+            engine.keep([*shown, *shown[:1]], layers=True)
             if engine.proof:
                 say(f"{arm}: " + proof_line(engine.proof))
         ids = {number: list(answer.ids) for number, answer in answers.items()}

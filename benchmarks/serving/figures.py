@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.serving.layers import repeated
 from benchmarks.serving.native import write_rule
 from benchmarks.serving.plan import ARMS, BF16, FLOOR, FP8, TASK, TASK_LENGTH, Plan, say
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF
@@ -85,6 +86,7 @@ def report_step(plan: Plan) -> dict[str, Any]:
             )
         },
         "layers": {arm: json.loads((native / arm / "layers.json").read_text()) for arm in (BF16, FP8)},
+        "repeated": {arm: repeated(vllm / arm, plan.layer_documents) for arm in ARMS},
     }
     show(found)
     return found
@@ -169,6 +171,14 @@ def show(found: dict[str, Any]) -> None:
                 f"{at['row_bytes_equal']:.6f}; on vLLM's query and rows: exact attention {at['attended']:.2e}, "
                 f"FlashMLA {'n/a' if at['kernel_attended'] is None else format(at['kernel_attended'], '.2e')}; "
                 f"projections in float32 would change values by {at['projected']:.2e}"
+            )
+
+    say("\nthe first text shown again by the same engine: what its second time differs in")
+    for arm, rows in found["repeated"].items():
+        for row in rows:
+            say(
+                f"  {arm:22} layer {row['layer']}: latent {row['latent']:.2e}, selection recall {row['recall']:.5f}, in the same "
+                f"order {row['in_order']:.3f} of tokens, values {row['values']:.2e}, {row['equal']:.3f} of them bit for bit"
             )
 
 

@@ -21,6 +21,7 @@ from evalkit.compare.selection import recall
 from evalkit.kv import RowFormat, Scales
 
 PROBES = frozenset({"values", "output", "selection"})
+REPEATED = ("latent", "selection", "values")
 
 
 @torch.inference_mode()
@@ -66,6 +67,30 @@ def layer_row(model: Any, layer: int, theirs: dict[str, Tensor]) -> dict[str, fl
         "row_bytes_equal": same_bytes(theirs, state.format),
         "projected": distance(wide["values"], forced["values"]),
     }
+
+
+def repeated(folder: Path, last: int) -> list[dict[str, float]]:
+    """The first document shown again by the same engine, as its file `last`: one row a layer.
+
+    latent, values: relative L2. recall: of the first selection. in_order: share of tokens whose selections are the same
+    in the same order. equal: share of values that are the same bit for bit.
+    """
+    first, again = (load_file(folder / "layers" / f"{number:04}.safetensors") for number in (0, last))
+    rows = []
+    for layer in sorted(int(name.split(".")[0]) for name in first if name.endswith(".values")):
+        got, ref = ({probe: x[f"{layer}.{probe}"] for probe in REPEATED} for x in (again, first))
+        chosen, wanted = got["selection"].long(), ref["selection"].long()
+        rows.append(
+            {
+                "layer": layer,
+                "latent": distance(got["latent"], ref["latent"]),
+                "recall": float(recall(chosen, wanted).mean()),
+                "in_order": float((chosen == wanted).all(1).double().mean()),
+                "values": distance(got["values"], ref["values"]),
+                "equal": float((got["values"] == ref["values"]).double().mean()),
+            }
+        )
+    return rows
 
 
 def run(

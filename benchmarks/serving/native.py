@@ -34,10 +34,13 @@ def native_arms(plan: Plan) -> dict[str, str]:
 
 
 def native_step(plan: Plan) -> None:
-    """In a process without vLLM's folder, so that no kernel of its version stands in for this project's own."""
+    """In a process without vLLM, so that no kernel of its version stands in for this project's own.
+
+    A folder `vllm` that is no package, and holds FlashMLA's library alone, stays.
+    """
     if not os.environ.get("SERVING_NATIVE"):
         paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-        kept = [path for path in paths if not Path(path, "vllm").is_dir()]
+        kept = [path for path in paths if not Path(path, "vllm", "__init__.py").exists()]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(kept), "SERVING_NATIVE": "1"}
         command = [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:]]
         subprocess.run(command, env=environment, check=True)
