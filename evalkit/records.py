@@ -29,6 +29,7 @@ from typing import Any, Self, TypeVar
 from evalkit.errors import InputError
 from evalkit.files import locked, write_whole
 from evalkit.schema import (
+    OWN_SCALES,
     SCHEMA,
     AnswerLengthRecord,
     AnswerShareRecord,
@@ -60,6 +61,7 @@ from evalkit.schema import (
 )
 
 __all__ = [
+    "OWN_SCALES",
     "AnswerLengthRecord",
     "AnswerShareRecord",
     "AttributionRecord",

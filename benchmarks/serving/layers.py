@@ -139,4 +139,4 @@ def distance(got: Tensor, ref: Tensor) -> float:
 def same_bytes(theirs: dict[str, Tensor], format: RowFormat) -> float:
     """Share of vLLM's row bytes that this project's writer makes of vLLM's own latent and rope."""
     ours = format.encode(theirs["latent"], theirs["rope"], Scales())
-    return float((ours.view(torch.uint8) == theirs["rows"].view(torch.uint8)).float().mean())
+    return float((ours.view(torch.uint8) == theirs["rows"].view(torch.uint8)).double().mean())

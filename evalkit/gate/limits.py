@@ -9,7 +9,10 @@ from evalkit.errors import InputError
 from evalkit.gate.contradictions import WORDS
 from evalkit.gate.policy import Exemption, Limit, Policy
 from evalkit.gate.words import Check, Verdict
-from evalkit.records import CandidateRecord, Record
+from evalkit.records import OWN_SCALES, CandidateRecord, Record
+
+# Figures that only a format has which is given its scales.
+OF_GIVEN_SCALES = ("range.saturated_share", "range.headroom")
 
 
 def check_limits(
@@ -26,16 +29,26 @@ def check_limits(
             for exempt in policy.exceptions
             if exempt.limit == limit.name and exempt.candidate in (candidate.candidate, candidate.requested)
         ]
-        yield _check(records, candidate.candidate, limit, allowed, today)
+        yield _check(records, candidate, limit, allowed, today)
 
 
 def _check(
-    records: Sequence[Record], candidate: str, limit: Limit, allowed: Sequence[Exemption], today: date
+    records: Sequence[Record],
+    candidate: CandidateRecord,
+    limit: Limit,
+    allowed: Sequence[Exemption],
+    today: date,
 ) -> Check:
     name = f"limit: {limit.name}"
     kind = [r for r in records if r.kind == limit.kind]
     _refuse_unknown_values(kind, limit)
-    matching = [r for r in kind if _matches(r, {**limit.where, "candidate": candidate})]
+    matching = [r for r in kind if _matches(r, {**limit.where, "candidate": candidate.candidate})]
+    if not matching and limit.figure in OF_GIVEN_SCALES and candidate.scales == OWN_SCALES:
+        return Check(
+            name=name,
+            verdict=Verdict.NON_INFERIOR,
+            reason=f"{candidate.format} takes no scale from outside, so that no value can lie beyond it.",
+        )
     if not matching:
         return Check(
             name=name,

@@ -18,6 +18,7 @@ from evalkit.gate.policy import (
     Scope,
 )
 from evalkit.records import (
+    OWN_SCALES,
     CandidateRecord,
     EnvironmentRecord,
     PolicyRecord,
@@ -139,7 +140,7 @@ def make_run(tmp_path: Path, policy: Policy) -> Callable[..., Path]:
                 format_ = full.partition("@")[0]
                 values = {
                     "format": format_,
-                    "scales": "one",
+                    "scales": OWN_SCALES,
                     "backend": "flashmla",
                     "kernel": "a kernel; index scores: torch",
                     "index": "model",

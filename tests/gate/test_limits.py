@@ -10,7 +10,7 @@ from evalkit.gate.evidence import Evidence
 from evalkit.gate.limits import check_limits
 from evalkit.gate.policy import Exemption, Limit, Policy
 from evalkit.gate.words import Check, Verdict
-from evalkit.records import LayerRecord
+from evalkit.records import OWN_SCALES, LayerRecord
 
 TODAY = date(2026, 1, 1)
 L2 = Limit(name="l2", figure="layer.relative_l2", where={"rung": "total"}, at_most=0.01)
@@ -84,7 +84,7 @@ def test_an_exception_is_for_one_candidate_and_one_limit(
 @pytest.mark.parametrize(
     ("limit", "layers", "said"),
     [
-        (replace(L2, figure="range.saturated_share", where={}), {}, "was not recorded for this candidate"),
+        (replace(L2, figure="range.zero_share", where={}), {}, "was not recorded for this candidate"),
         (replace(L2, figure="layer.sqnr_db"), {"sqnr_db": None}, "has no value in 2 of 2 records"),
     ],
 )
@@ -101,6 +101,31 @@ def test_an_exception_excuses_no_figure_that_was_not_recorded(
     assert found.verdict is Verdict.INCONCLUSIVE
     assert said in found.reason
     assert found.needs
+
+
+@pytest.mark.parametrize(
+    ("figure", "scales", "verdict"),
+    [
+        ("range.saturated_share", OWN_SCALES, Verdict.NON_INFERIOR),
+        ("range.headroom", OWN_SCALES, Verdict.NON_INFERIOR),
+        ("range.zero_share", OWN_SCALES, Verdict.INCONCLUSIVE),
+        ("range.saturated_share", "one", Verdict.INCONCLUSIVE),
+        ("range.saturated_share", "calibrated", Verdict.INCONCLUSIVE),
+    ],
+)
+def test_a_format_that_is_given_no_scale_saturates_none(
+    make_run: Callable[..., Path],
+    with_policy: Callable[..., Policy],
+    figure: str,
+    scales: str,
+    verdict: Verdict,
+):
+    """fp8_ds_mla has no such record in any run, and could else never be made a default."""
+    limit = Limit(name="ranges", figure=figure, at_most=1e-4)
+    found = check(make_run(candidate={"scales": scales}), with_policy(limits=(limit,)))
+    assert found.verdict is verdict
+    said = "takes no scale from outside" if verdict is Verdict.NON_INFERIOR else "was not recorded"
+    assert said in found.reason
 
 
 def test_a_word_of_fields_without_a_fixed_list_is_refused_where_no_record_holds_it(

@@ -415,8 +415,8 @@ def test_an_exception_holds_until_its_day(make_run: MakeRun, with_policy: Callab
 def test_a_limit_may_be_anomalous_and_one_that_was_not_measured_does_not_pass(
     make_run: MakeRun, with_policy: Callable[..., Policy]
 ):
-    saturated = Limit(name="saturated", figure="range.saturated_share", at_most=0.01)
-    asked = with_policy(limits=(saturated,))
+    unseen = Limit(name="subnormal", figure="range.subnormal_share", at_most=0.01)
+    asked = with_policy(limits=(unseen,))
     assert "was not recorded" in reasons(judged(make_run(stored=asked), asked))
     least = Limit(name="l2", figure="layer.relative_l2", at_least=0.5, breach="ANOMALOUS")
     asked = with_policy(limits=(least,))
