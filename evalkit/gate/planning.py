@@ -9,6 +9,9 @@ from evalkit.gate.endpoints import compare
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.policy import Policy, PrimaryEndpoint
 from evalkit.stats import power
+from evalkit.stats.clusters import FEWEST_CLUSTERS
+from evalkit.stats.means import FEWEST_DOCUMENTS
+from evalkit.stats.tails import fewest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,7 @@ class Planned:
     source: where that comes from.
     documents: how many are needed; None where no number will do.
     sensitive: how many of these the planted damage of twice the margin takes to be found.
+    clusters: how many clusters they have to lie in at least; None where each document is its own.
     hours: to score them on every arm (control, baselines, planted damage, candidates); None without a run to
         measure by.
     carries: the smallest margin that the documents of the run given carry; None without one.
@@ -29,6 +33,7 @@ class Planned:
     source: str
     documents: int | None
     sensitive: int | None
+    clusters: int | None
     hours: float | None
     carries: float | None
 
@@ -79,6 +84,11 @@ def words(policy: Policy, planned: Sequence[Planned]) -> Iterator[str]:
                 f"    {one.sensitive:,} of them to find planted damage of {200 * one.endpoint.margin:g} points, which decides "
                 "whether the rest counts"
             )
+        if one.clusters is not None:
+            yield (
+                f"    in {one.clusters:,} clusters of {one.endpoint.documents_per_cluster} at least, or rare ones that are lost whole "
+                "could go unseen; more where documents of one cluster are lost together"
+            )
         if one.carries is not None:
             yield f"    the documents of that run carry a margin of {100 * one.carries:.1f} points"
 
@@ -110,7 +120,10 @@ def _plan(
     )
     shown = power.planned_documents(design)
     sensitive = power.sensitive_documents(damage, policy.each_power)
-    documents = None if shown is None or sensitive is None else max(shown, sensitive)
+    each, clusters = endpoint.documents_per_cluster, None
+    if each > 1:
+        clusters = fewest(endpoint.margin, policy.look_alpha, FEWEST_CLUSTERS)
+    documents = None if shown is None or sensitive is None else max(shown, sensitive, (clusters or 0) * each)
     seconds, held = _measured(run, endpoint)
     arms = 2 + len(policy.baselines) + len(policy.decide)  # with the control and planted damage
     return Planned(
@@ -119,6 +132,7 @@ def _plan(
         source=source,
         documents=documents,
         sensitive=sensitive,
+        clusters=clusters,
         hours=None if seconds is None or documents is None else seconds * documents * arms / 3600,
         carries=None if held is None else power.detectable_margin(held, design),
     )
@@ -134,7 +148,11 @@ def _control(run: Evidence, endpoint: PrimaryEndpoint, policy: Policy) -> tuple[
         if before:
             found = compare(before, run.scored(control, endpoint), endpoint, policy)
             if found.discordance is None:
-                raise InputError(f"{endpoint} is graded: its documents are not planned by discordance")
+                graded = fewest(endpoint.margin, policy.look_alpha, FEWEST_DOCUMENTS)
+                raise InputError(
+                    f"{endpoint} is graded: its documents are not planned by discordance; it takes {graded} at least, or rare ones "
+                    "that are lost whole could go unseen"
+                )
             # No flip in n documents leaves a discordance of a few in n open; one is assumed.
             least = 1 / found.n
             words = f"{baseline.candidate} against {control}, {found.n} documents"

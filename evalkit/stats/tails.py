@@ -69,6 +69,11 @@ class Tail:
         return (margin - self.rest) / self.whole
 
 
+def fewest(margin: float, alpha: float, least: int) -> int:
+    """Units, `least` or more, of which none may differ, so that the loss is shown to be below the margin."""
+    return int(Tail(n=least, lost=0, gained=0, rest=0.0, whole=1.0).needed(margin, alpha))
+
+
 def tail(units: Sequence[float] | NDArray[np.float64], whole: float = 1.0) -> Tail:
     """The tail of one difference a document, or of one mean difference a cluster."""
     x = np.asarray(units, dtype=np.float64)

@@ -55,6 +55,29 @@ def test_a_run_measures_discordance_and_time(make_run: Callable[..., Path], poli
     assert f"3.00% of documents differ (bf16@flashmla against {CONTROL}, 400 documents)" in said
 
 
+@pytest.mark.parametrize(("margin", "fewest"), [(0.02, 149), (0.05, 100)])
+def test_clustered_documents_lie_in_enough_clusters_to_see_one_that_is_lost_whole(
+    with_policy: Callable[..., Policy], margin: float, fewest: int
+):
+    """0.98^149 is the first power of it below .05; at 5 points 59 would do, and a design effect takes 100."""
+    (endpoint,) = with_policy().endpoints
+    clustered = replace(endpoint, margin=margin, documents_per_cluster=50)
+    asked = with_policy(endpoints=(clustered,))
+    (found,) = plan(asked, discordance=0.01)
+    assert found.clusters == fewest
+    assert found.documents == 50 * fewest
+    assert f"in {fewest} clusters of 50 at least" in "\n".join(words(asked, [found]))
+
+
+def test_a_plan_for_graded_scores_says_what_they_take_at_least(
+    make_run: Callable[..., Path], with_policy: Callable[..., Policy]
+):
+    run = make_run(answers={CONTROL: [0.5] * 400})
+    (endpoint,) = with_policy().endpoints
+    with pytest.raises(InputError, match=r"is graded: .* it takes 149 at least"):
+        plan(with_policy(endpoints=(replace(endpoint, margin=0.02),)), run=run)
+
+
 def test_a_plan_says_whether_the_documents_that_the_policy_names_will_do(with_policy: Callable[..., Policy]):
     needed = plan(with_policy(), discordance=0.08)[0].documents
     assert needed is not None
