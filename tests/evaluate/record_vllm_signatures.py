@@ -107,6 +107,12 @@ def members(tree: ast.Module) -> list[str]:
     ]
 
 
+def runs_all_on_the_second_runner(wheel: zipfile.ZipFile) -> bool:
+    """Older versions have a list of models that are run so."""
+    asked = found(parsed(wheel, "vllm/config/vllm.py"), "VllmConfig.use_v2_model_runner")
+    return "_is_default_v2_model_runner_model" not in ast.unparse(asked)
+
+
 def recorded(path: Path) -> tuple[str, dict]:
     wheel = zipfile.ZipFile(path)
     spec = found(parsed(wheel, FUNCTIONS["MLAAttention.get_kv_cache_spec"]), "MLAAttention.get_kv_cache_spec")
@@ -117,6 +123,7 @@ def recorded(path: Path) -> tuple[str, dict]:
         "backends": members(parsed(wheel, "vllm/v1/attention/backends/registry.py")),
         "cache_dtypes": {name: cache_dtypes(parsed(wheel, at)) for name, at in CACHES.items()},
         "spec_states_quant_mode": "kv_quant_mode" in ast.unparse(spec),
+        "second_runner_for_all": runs_all_on_the_second_runner(wheel),
         "dense_prefill": "vllm/model_executor/layers/attention/sparse_mla_attention.py" in wheel.namelist(),
     }
 

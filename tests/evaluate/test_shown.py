@@ -440,7 +440,6 @@ def test_prompts_that_are_attended_past_the_cache_are_refused(asked, warm_python
         ({"tensor_parallel": "2"}, "layers are seen in one process, and tensor_parallel is 2"),
         ({"attribution": "true"}, "attribution is engine=native's"),
         ({"layers_frozen": "true"}, "layers_frozen is engine=native's"),
-        ({"layers_prompt_tokens": "2"}, "layers_prompt_tokens is 2, and"),
         ({"layers_prompt_tokens": "4096"}, "is 4100, the model holds 2046"),
         ({"kld_texts": "a.txt"}, "kld_texts and kld_run are engine=native's"),
         ({"stages": "kld"}, "kld_texts and kld_run are engine=native's"),

@@ -362,15 +362,27 @@ def test_layers_and_logits_are_kept_as_the_engine_computed_them(start, tokenizer
             assert torch.equal(ours.view(torch.uint8), rows)
 
 
-@pytest.mark.parametrize("candidate", ["bf16@flashmla", "fp8_ds_mla@flashmla"])
+@pytest.mark.parametrize(
+    ("candidate", "version", "script"),
+    [
+        ("bf16@flashmla", "0.25.1", {}),
+        ("fp8_ds_mla@flashmla", "0.25.1", {}),
+        ("bf16@flashmla", "0.33.0", {}),
+        ("bf16@flashmla", "0.33.0", {"piece": 16}),
+        # A piece of one token, which is no step.
+        ("bf16@flashmla", "0.33.0", {"piece": 53}),
+        ("bf16@flashmla", "0.33.0", {"piece": 1}),
+    ],
+)
 def test_decoded_tokens_are_the_documents_own_whatever_the_model_would_have_chosen(
-    start, tokenizer, candidate
+    start, tokenizer, candidate, version, script
 ):
-    ids, decode = tokenizer("the first of them " * 3)["input_ids"], 5
+    ids, decode = tokenizer("the first of them " * 3)["input_ids"][:54], 5
+    assert len(ids) == 54
     ids = [*ids, *start().stop_ids[:1], *ids[:4]]  # none of them ends a document
-    engine = start(candidate, folder="decoded")
+    engine = start(candidate, version, script, folder="decoded")
     (file,) = engine.keep([ids], decode=decode, layers=True)
-    (whole,) = start(candidate, folder="prefilled").keep([ids], layers=True)
+    (whole,) = start(candidate, version, folder="prefilled").keep([ids], layers=True)
     found, wanted = load_file(file), load_file(whole)
     assert found.keys() == wanted.keys()
     chosen = found["logits"][-decode - 1 : -1].argmax(-1).tolist()
@@ -382,27 +394,91 @@ def test_decoded_tokens_are_the_documents_own_whatever_the_model_would_have_chos
     assert len(json.loads(file.with_suffix(".json").read_text())["chosen"]) == len(ids) - decode - 1
 
 
-def test_a_prompt_whose_logits_cannot_be_told_apart_is_refused(start):
+def test_a_document_that_is_decoded_whole_is_refused(start):
     with pytest.raises(
-        InputError, match="document 1 has 6 tokens, of which 4 are decoded: its prompt needs at least 3"
+        InputError, match="document 1 has 4 tokens, of which 4 are decoded: its prompt needs at least 1"
     ):
-        start(script={"fail_start": "must not be started"}).keep([[1] * 7, [1] * 6], decode=4)
+        start(script={"fail_start": "must not be started"}).keep([[1] * 5, [1] * 4], decode=4)
+
+
+@pytest.fixture
+def logits():
+    """What a model's logits processor gives back of these rows, with hooks on it; each row is told by its number."""
+
+    class LogitsProcessor(torch.nn.Identity):
+        pass
+
+    model = torch.nn.Sequential(LogitsProcessor())
+    inside.watch(model, layers=False)
+    yield lambda *rows: model(torch.tensor(rows, dtype=torch.float32)[:, None].expand(-1, 8))
+    inside.forget(model)
+
+
+@pytest.mark.parametrize("repeats", [0, 1])
+def test_logits_go_in_the_order_of_their_tokens(logits, tmp_path, repeats):
+    """Of a prompt of 4 tokens and 2 that are decoded: the last of the prompt is sampled from before the others come."""
+    inside.begin(None, [6, 7], 3 + repeats)
+    sampled = [logits(3)]
+    assert torch.equal(logits(0, 1), torch.tensor([[0.0] * 8, [1.0] * 8])), "nothing is sampled from these"
+    logits(2)
+    if repeats:
+        logits(33)
+    sampled += [logits(4), logits(5)]
+    assert [int(one.argmax()) for one in sampled[:2]] == [6, 7]
+    assert torch.equal(sampled[2], torch.full((1, 8), 5.0)), "the last one is free"
+    inside.take(None, str(tmp_path / "file"), 4, 2)
+    assert load_file(tmp_path / "file")["logits"][:, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"),
+    ("pieces", "said"),
     [
-        ({"logits": [4, 1, 1], "0.values": [3, 2, 1]}, "0.values: pieces of [3, 2, 1] rows were seen, [5, 1] were"),
-        ({"logits": [4, 1, 1, 1]}, "logits: pieces of [4, 1, 1, 1] rows were seen, [4, 1, 1] were expected"),
-        ({"logits": [4, 1], "0.values": [5, 1]}, "logits: pieces of [4, 1] rows were seen, [4, 1, 1] were expected"),
+        ([[3], [0, 1, 2], [4]], "logits: pieces of [4, 1] rows were seen, [4, 1, 1] were expected"),
+        ([[3], [0, 1, 2], [4], [5], [6]], "logits: pieces of [4, 1, 1, 1] rows were seen, [4, 1, 1] were expected"),
+        ([[3], [0, 1, 2, 2], [4], [5]], "logits: pieces of [5, 1, 1] rows were seen"),
+        ([[2, 3], [0, 1, 2], [4], [5]], "logits: pieces of [5, 1, 1] rows were seen"),
     ],
 )  # fmt: skip
-def test_steps_that_were_not_asked_for_are_refused(parts, said, monkeypatch, tmp_path):
-    kept = {name: [torch.zeros(rows, 2) for rows in sizes] for name, sizes in parts.items()}
-    monkeypatch.setattr(inside, "KEPT", kept)
+def test_logits_that_are_no_prompts_and_steps_are_refused(logits, tmp_path, pieces, said):
+    inside.begin(None, [6, 7], 3)
+    for rows in pieces:
+        logits(*rows)
     with pytest.raises(ValueError, match=re.escape(said)):
-        inside.take(None, str(tmp_path / "file"), 5, 1)
+        inside.take(None, str(tmp_path / "file"), 4, 2)
     assert not (tmp_path / "file").exists()
+
+
+def test_layers_in_other_pieces_than_prompt_and_steps_are_refused(logits, monkeypatch, tmp_path):
+    inside.begin(None, [6], 3)
+    for rows in ([3], [0, 1, 2], [4]):
+        logits(*rows)
+    monkeypatch.setattr(inside, "KEPT", {"0.values": [torch.zeros(rows, 2) for rows in (3, 1, 1)]})
+    with pytest.raises(
+        ValueError, match=re.escape("0.values: pieces of [3, 1, 1] rows were seen, [4, 1] were")
+    ):
+        inside.take(None, str(tmp_path / "file"), 4, 1)
+
+
+def test_of_tensor_parallel_ranks_that_all_have_the_logits_the_first_writes_them(
+    logits, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in range(4):  # two stages of two
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        inside.begin(None, [], 1)
+        inside.KEPT["0.values"] = [torch.full((2, 1), float(rank))]
+        if rank >= 2:
+            logits(1)
+            logits(0)
+        inside.take(None, str(tmp_path / "file"), 2, 0, tensor_parallel=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "file",
+        "file.rank0",
+        "file.rank1",
+        "file.rank3",
+    ]
+    assert load_file(tmp_path / "file")["0.values"].unique().tolist() == [2.0]
+    assert "logits" not in load_file(tmp_path / "file.rank3")
 
 
 def test_a_document_counts_as_shown_when_its_account_is_whole(start, tokenizer, monkeypatch):

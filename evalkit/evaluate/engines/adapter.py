@@ -52,6 +52,14 @@ def dense_prefill_tokens(launch: dict[str, Any]) -> int:
     return int(json.loads(Path(launch["checkpoint"], "config.json").read_text())["index_topk"])
 
 
+def repeats_last_logits(llm: Any) -> bool:
+    """Whether a prompt's logits hold those of its last token, which are sampled from, once more.
+
+    They do in the second of vLLM's model runners, which newer versions take for every model.
+    """
+    return bool(getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False))
+
+
 def _vllm() -> Any:
     try:
         import vllm

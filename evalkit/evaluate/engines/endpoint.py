@@ -26,8 +26,9 @@ from evalkit.progress import progress
 from evalkit.records import write_whole
 
 UNSEEN = "layers are unseen: cache format, kernel and scales are the server's word, not proved"
-# What servers say of themselves, and where; each answers some.
-STATEMENTS = ("version", "get_server_info", "v1/models")
+# What servers say of themselves, and where; each answers some. vLLM tells its whole configuration (`server_info`) where it
+# was started with VLLM_SERVER_DEV_MODE=1.
+STATEMENTS = ("version", "server_info", "get_server_info", "v1/models")
 TRIES, WAIT_S, LONGEST_WAIT_S = 4, 2.0, 60.0
 # Refusals that pass: of a request that took too long to arrive, and of too many.
 PASSING = (408, 429)

@@ -8,16 +8,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Tensors of the requests since `watch`, by name; the hooks live as long.
+# Tensors of the request since `begin`, by name; hooks live from `watch` to `forget`.
 KEPT: dict[str, list[Tensor]] = {}
 HOOKS: list[Any] = []
-# What the request that is watched is to generate, whatever its logits say; those that are due come first.
-FORCED: list[int] = []
+
+
+@dataclass
+class Request:
+    """The logits of the request that runs, alone.
+
+    forced: what it is to generate, whatever they say, in order. rows: of its prompt, still to come. sampled: what its
+    tokens are sampled from, a row each; the first, of the prompt's last token, comes before any of `prompt`.
+    """
+
+    forced: list[int]
+    rows: int
+    prompt: list[Tensor] = field(default_factory=list)
+    sampled: list[Tensor] = field(default_factory=list)
+
+
+REQUEST = Request([], 0)
 
 
 def attention_layers(model: Any) -> Iterator[tuple[int, Any]]:
@@ -79,54 +95,66 @@ def forget(_model: Any) -> None:
     """Stop keeping."""
     while HOOKS:
         HOOKS.pop().remove()
+    begin(_model, [], 0)
+
+
+def begin(_model: Any, forced: list[int], rows: int) -> None:
+    """A request follows, which runs alone: what it is to generate, and of how many tokens of its prompt logits come."""
+    global REQUEST
+    REQUEST = Request(list(forced), rows)
     KEPT.clear()
-    FORCED.clear()
 
 
-def force(_model: Any, tokens: list[int]) -> None:
-    """Have the next request, which runs alone, generate these tokens; what it would have chosen is kept as logits."""
-    FORCED[:] = tokens
-
-
-def take(_model: Any, path: str, prompt: int, decoded: int) -> dict[str, list[int]]:
+def take(_model: Any, path: str, prompt: int, decoded: int, tensor_parallel: int = 1) -> dict[str, list[int]]:
     """Write what was kept of one request, of `prompt` tokens at once and `decoded` one by one; returns shapes by name.
 
     The safetensors file has of every tensor [prompt + decoded, ...], logits [prompt + decoded, V] being what predicts
-    the token after each. Where several processes share an engine, the one that has the logits writes `path`, and the
-    others their heads or layers to `path` with their rank appended.
+    the token after each. Where several processes share an engine, the first of the last pipeline stage has the logits and
+    writes `path`, and the others their heads or layers to `path` with their rank appended.
 
     Raises:
         ValueError: the prompt was not computed in one piece, or other steps were seen than were asked for.
     """
     from safetensors.torch import save_file
 
-    found: dict[str, Tensor] = {}
-    for name, parts in KEPT.items():
-        # vLLM works out the prompt's last logits, from which it samples, apart from those before.
-        wanted = [prompt - 1, *[1] * (decoded + 1)] if name == "logits" else [prompt, *[1] * decoded]
-        steps = sorted(parts, key=len, reverse=True)  # of those of one length, each stays where it was
-        if [len(step) for step in steps] != wanted:
+    wanted, seen = [prompt, *[1] * decoded], {name: list(map(len, parts)) for name, parts in KEPT.items()}
+    if REQUEST.sampled:
+        first, *later = map(len, REQUEST.sampled)
+        # Of the prompt's last token they come first, and in some versions once more.
+        seen["logits"] = [prompt - 1 - REQUEST.rows + first, *later]
+    for name, pieces in seen.items():
+        if pieces != wanted:
             raise ValueError(
-                f"{name}: pieces of {[len(part) for part in parts]} rows were seen, {wanted} were expected; where the prompt "
-                "is cut, raise max_num_batched_tokens"
+                f"{name}: pieces of {pieces} rows were seen, {wanted} were expected; where the prompt is cut, raise "
+                "max_num_batched_tokens"
             )
-        found[name] = torch.cat(steps).cpu()
-    for parts in KEPT.values():
-        parts.clear()
+    found = {name: torch.cat(parts) for name, parts in KEPT.items()}
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    # vLLM gathers logits for every tensor-parallel rank, and counts those ranks first.
+    if REQUEST.sampled and rank % tensor_parallel == 0:
+        before = torch.cat([*REQUEST.prompt, REQUEST.sampled[0][:0]])[: prompt - 1]
+        found["logits"] = torch.cat([before, *REQUEST.sampled])
+    found = {name: tensor.cpu() for name, tensor in found.items()}
+    KEPT.clear()
     if found:
-        save_file(found, path if "logits" in found else f"{path}.rank{torch.distributed.get_rank()}")
+        save_file(found, path if "logits" in found else f"{path}.rank{rank}")
     return {name: list(tensor.shape) for name, tensor in found.items()}
 
 
 def _logits(_module: Any, _args: Any, logits: Tensor | None) -> Tensor | None:
-    """Keeps the logits; from a single token's, those are returned that leave no choice where one is forced."""
+    """Keeps the logits; of those that are sampled from, gives back what leaves no choice where a token is forced."""
     if logits is None:
         return None
-    KEPT.setdefault("logits", []).append(logits.detach().clone())
-    if len(logits) > 1 or not FORCED:
+    kept = logits.detach().clone()
+    if REQUEST.sampled and REQUEST.rows > 0:
+        REQUEST.prompt.append(kept)
+        REQUEST.rows -= len(kept)
+        return None
+    REQUEST.sampled.append(kept)
+    if not REQUEST.forced:
         return None
     forced = torch.full_like(logits, -torch.inf)
-    forced[:, FORCED.pop(0)] = 0
+    forced[:, REQUEST.forced.pop(0)] = 0
     return forced
 
 

@@ -226,11 +226,6 @@ def _refuse_unshown(config: RunConfig, place: str) -> None:
     for key in ("attribution", "layers_frozen"):
         if getattr(config, key):
             raise InputError(f"{place}: {key} is engine=native's; leave it out")
-    if config.layers_prompt_tokens < 3:
-        raise InputError(
-            f"{place}: layers_prompt_tokens is {config.layers_prompt_tokens}, and the logits of a prompt are told from those of "
-            "what follows it by their number; give at least 3"
-        )
 
 
 def _folder(run: Path, arm: Arm) -> Path:

@@ -146,15 +146,14 @@ class VllmEngine:
             told: called after each document.
 
         Raises:
-            InputError: layers are wanted of an engine with CUDA graphs, or a document's prompt is under 3 tokens.
+            InputError: layers are wanted of an engine with CUDA graphs, or a document has no prompt.
         """
         if layers and not self.launch.eager:
             raise InputError("layers are captured without CUDA graphs only: eager = true")
         for number, ids in enumerate(documents):
-            # The prompt's logits come in two pieces, its last and all others, which are told by their size.
-            if len(ids) - decode < 3:
+            if len(ids) <= decode:
                 raise InputError(
-                    f"document {number} has {len(ids)} tokens, of which {decode} are decoded: its prompt needs at least 3"
+                    f"document {number} has {len(ids)} tokens, of which {decode} are decoded: its prompt needs at least 1"
                 )
         folder = self.folder / ("layers" if layers else "logits")
         folder.mkdir(parents=True, exist_ok=True)

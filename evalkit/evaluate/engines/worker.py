@@ -36,6 +36,8 @@ class Held:
         self.tokenizer: Any = None
         self.stops: dict[tuple[str, ...], Stops] = {}
         self.count = 0
+        self.tensor_parallel = 1
+        self.repeats = 0  # how many of a prompt's last logits come twice
 
     def start(self, message: dict[str, Any], send: Send) -> None:
         """Load the model; what it says of itself is the proof of the candidate's path."""
@@ -46,6 +48,8 @@ class Held:
         self.stop_ids = message["stop_ids"]
         self.tokenizer = AutoTokenizer.from_pretrained(launch["checkpoint"])
         self.llm, said = adapter.start(launch)
+        self.tensor_parallel = launch["tensor_parallel"]
+        self.repeats = int(adapter.repeats_last_logits(self.llm))
         loaded = self.layers()
         if launch["scales"]:
             scales = {int(layer): scale for layer, scale in launch["scales"].items()}
@@ -107,7 +111,7 @@ class Held:
             decoded = message["decode"]
             end = len(document["ids"]) - decoded
             ids, forced = document["ids"][:end], document["ids"][end:]
-            self.llm.apply_model(partial(inside.force, tokens=forced))
+            self.llm.apply_model(partial(inside.begin, forced=forced, rows=end - 1 + self.repeats))
             # One more than is forced, so that the last of them is attended with.
             options = {"max_tokens": decoded + 1, "prompt_logprobs": 0, "stop_token_ids": []}
             self.add(ids, options)
@@ -119,8 +123,8 @@ class Held:
             if made[:decoded] != forced:
                 raise ValueError(f"{made[:decoded]} was generated where {forced} is forced")
             chosen = [told[place][token].logprob for place, token in enumerate(ids) if place]
-            taken = partial(inside.take, path=document["file"], prompt=end, decoded=decoded)
-            found = self.llm.apply_model(taken)
+            taken = {"path": document["file"], "prompt": end, "decoded": decoded}
+            found = self.llm.apply_model(partial(inside.take, **taken, tensor_parallel=self.tensor_parallel))
             shapes = next((shapes for shapes in found if "logits" in shapes), found[0])
             send({"kept": {"id": document["id"], "shapes": shapes, "chosen": chosen}})
         self.llm.apply_model(inside.forget)

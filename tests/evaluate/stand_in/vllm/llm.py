@@ -86,6 +86,7 @@ class LLM:
 class LLMEngine:
     def __init__(self, llm):
         self.llm, self.requests, self.steps = llm, {}, 0
+        self.vllm_config = SimpleNamespace(use_v2_model_runner=RECORDED["second_runner_for_all"])
 
     def add_request(self, request_id, prompt, params, **kwargs):
         takes("LLMEngine.add_request", request_id, prompt, params, **kwargs)
@@ -117,7 +118,11 @@ class LLMEngine:
         logits = self.llm.run(ids, 1 if request.made else len(ids))
         sampled = self.llm.model.logits_processor(lambda x: x, logits[-1:])
         if params.prompt_logprobs is not None and not request.made:
-            told = self.llm.model.logits_processor(lambda x: x, logits[:-1])
+            # The second runner works out the last ones again, all in pieces of 1,024.
+            v2 = self.vllm_config.use_v2_model_runner
+            pieces = logits.split(SCRIPT.get("piece", 1024)) if v2 else (logits[:-1],)
+            told = [self.llm.model.logits_processor(lambda x: x, piece) for piece in pieces if len(piece)]
+            told = torch.cat([*told, logits[:0]])[: len(logits) - 1]
             prompt_logprobs = [None, *tell(told, request.ids[1:], params.prompt_logprobs)]
         token = int(sampled[-1].argmax())
         request.made.append(token)
