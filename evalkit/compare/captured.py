@@ -5,13 +5,14 @@ same tokens: a prompt in one piece, then what was decoded token by token. The re
 engine ran the whole model on its candidate. The floors are `floor:kernel`, the first candidate that stores bf16 on
 another backend, and `floor:start`, the baseline's second start.
 
-An engine shows no latent attention output: `values`, which is after W_UV, stands for it.
+Latent and rope are those that the stored rows hold. An engine shows no latent attention output: `values`, which is after
+W_UV, stands for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from evalkit import kv
 from evalkit.candidate import Candidate
 from evalkit.compare import noise
 from evalkit.compare.arms import DECODE, PREFILL, PROPAGATED, Arm, Subject
@@ -29,8 +31,11 @@ from evalkit.compare.selection import SelectionAccumulator, recall
 from evalkit.compare.tokens import TokenAccumulator
 from evalkit.compare.watch import Decode, Watch
 from evalkit.errors import InputError
+from evalkit.kv import Scales
+from evalkit.kv.scales import identity
 from evalkit.records import FloorRecord, Record
 
+SHOWN: Final = ("rows", "values", "output", "selection")
 PROBES: Final = ("latent", "rope", "values", "output")
 OUTPUT: Final = "values"
 
@@ -42,12 +47,14 @@ class Start:
     """One start of a candidate's engine.
 
     name: what its records carry: the candidate, or `candidate, start N`. files: one a document, with logits [T, V]; of
-    first starts and of the baseline's second also with every layer's tensors [T, ...].
+    first starts and of the baseline's second also with every layer's tensors [T, ...]. scales: by layer, as the engine
+    says that it uses them.
     """
 
     name: str
     candidate: Candidate
     files: Sequence[Path]
+    scales: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
@@ -66,9 +73,13 @@ class Start:
 
     def shown(self, document: int, layer: int, device: str) -> Shown:
         """What one layer showed of one document, by probe."""
-        wanted = (*PROBES, "selection")
         with safe_open(self.files[document], framework="pt", device=device) as file:
-            return {probe: file.get_tensor(f"{layer}.{probe}") for probe in wanted}
+            found = {name: file.get_tensor(f"{layer}.{name}") for name in SHOWN}
+        scale = self.scales.get(layer, 1.0)
+        stored = kv.get(self.candidate.format)
+        rows = found.pop("rows").flatten(1)
+        latent, rope = stored.decode(rows, Scales(latent=scale, rope=scale), identity)
+        return {**found, "latent": latent, "rope": rope}
 
     def logits(self, document: int, device: str) -> Tensor:
         """[T, V], what predicts the token after each."""

@@ -107,6 +107,36 @@ def members(tree: ast.Module) -> list[str]:
     ]
 
 
+def attention_layer(wheel: zipfile.ZipFile) -> dict:
+    """The class of a DeepSeek-V3.2 layer's attention on CUDA, and what its forward takes."""
+    registry = parsed(wheel, "vllm/model_executor/models/registry.py")
+    module = next(
+        ast.literal_eval(value)[0]
+        for node in ast.walk(registry)
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == "DeepseekV32ForCausalLM"
+    )
+    path, base = "vllm/model_executor/layers/mla.py", "PluggableLayer"
+    if "." in module:  # a package of its own
+        path, base = f"{module.replace('.', '/')}/attention.py", "MLAAttention"
+    tree = parsed(wheel, path)
+    cls = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and base in [ast.unparse(one) for one in node.bases]
+    )
+    forward = next(
+        node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name.startswith("forward")
+    )
+    return {
+        "class": cls.name,
+        "is_mla_attention": base == "MLAAttention",
+        "forward": parameters(forward),
+        "returns": ast.unparse(forward.body[-1]),
+    }
+
+
 def runs_all_on_the_second_runner(wheel: zipfile.ZipFile) -> bool:
     """Older versions have a list of models that are run so."""
     asked = found(parsed(wheel, "vllm/config/vllm.py"), "VllmConfig.use_v2_model_runner")
@@ -123,6 +153,7 @@ def recorded(path: Path) -> tuple[str, dict]:
         "backends": members(parsed(wheel, "vllm/v1/attention/backends/registry.py")),
         "cache_dtypes": {name: cache_dtypes(parsed(wheel, at)) for name, at in CACHES.items()},
         "spec_states_quant_mode": "kv_quant_mode" in ast.unparse(spec),
+        "attention_layer": attention_layer(wheel),
         "second_runner_for_all": runs_all_on_the_second_runner(wheel),
         "dense_prefill": "vllm/model_executor/layers/attention/sparse_mla_attention.py" in wheel.namelist(),
     }

@@ -124,6 +124,22 @@ def of(files, name, document):
     return found
 
 
+def probe_of(files, name, document, layer, probe):
+    """What a file says of a probe; latent and rope are read from the rows that it holds."""
+    found = of(files, name, document)
+    if probe not in ("latent", "rope"):
+        return found[f"{layer}.{probe}"]
+    rows = found[f"{layer}.rows"].flatten(1)
+    if rows.shape[1] == 1152:
+        both = rows.contiguous().view(torch.bfloat16)
+        return both[:, :512] if probe == "latent" else both[:, 512:]
+    codes, scales, rope = rows[:, :512], rows[:, 512:528].contiguous(), rows[:, 528:].contiguous()
+    if probe == "rope":
+        return rope.view(torch.bfloat16)
+    tiles = codes.contiguous().view(torch.float8_e4m3fn).float().unflatten(1, (4, 128))
+    return (tiles * scales.view(torch.float32)[:, :, None]).flatten(1)
+
+
 def divergences(files, name, phase):
     """KL divergence of every token of a phase from the baseline's first start, in nats."""
     found = []
@@ -190,7 +206,7 @@ def test_a_layers_error_is_what_the_files_say(made, records, candidate, probe, p
         got, ref = (
             np.concatenate(
                 [
-                    of(files, one, n)[f"{layer}.{probe}"][PHASES[phase]].double().numpy()
+                    probe_of(files, one, n, layer, probe)[PHASES[phase]].double().numpy()
                     for n in range(DOCUMENTS)
                 ]
             )

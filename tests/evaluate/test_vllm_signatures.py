@@ -31,9 +31,20 @@ def test_every_argument_that_is_passed_exists(version, checkpoint):
     sampling = {"temperature", "stop_token_ids", "ignore_eos", "detokenize", "max_tokens", "logprobs"}
     assert sampling | {"prompt_logprobs"} <= set(recorded["fields"]["SamplingParams"])
     assert {"request_id", "prompt", "params"} <= set(recorded["functions"]["LLMEngine.add_request"][:3])
-    assert recorded["functions"]["MLAAttention.forward"][:3] == ["q", "kv_c_normed", "k_pe"]
-    assert recorded["functions"]["MultiHeadLatentAttentionWrapper.forward"][1] == "hidden_states"
+    layer = recorded["attention_layer"]
+    assert layer["forward"][:2] == ["positions", "hidden_states"]
+    assert layer["returns"].startswith("return self.o_proj(")
+    if not layer["is_mla_attention"]:
+        assert layer["class"] == "MultiHeadLatentAttentionWrapper"
+        assert recorded["functions"]["MLAAttention.forward"][:3] == ["q", "kv_c_normed", "k_pe"]
     assert {"token_ids", "logprobs"} <= set(recorded["fields"]["CompletionOutput"])
+
+
+def test_the_versions_have_both_kinds_of_layers_that_are_hooked():
+    assert [recorded["attention_layer"]["is_mla_attention"] for recorded in RECORDED.values()] == [
+        False,
+        True,
+    ]
 
 
 def test_each_backend_and_format_is_in_some_version():

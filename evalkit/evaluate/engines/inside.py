@@ -1,7 +1,9 @@
 """What runs inside vLLM's processes, on the model itself: proof of its path, hooks that keep tensors, scales.
 
-Each function takes the model first, as `LLM.apply_model` calls it, and works on vLLM's modules by their class names:
-`MLAAttention` (writes the cache and attends), `MultiHeadLatentAttentionWrapper` (projections, indexer, output).
+Each function takes the model first, as `LLM.apply_model` calls it, and works on vLLM's modules by their class names. In
+0.25.1 a layer is a `MultiHeadLatentAttentionWrapper` (projections, indexer, output) around an `MLAAttention` (writes the
+cache and attends). From 0.33.0 on it is one `DeepseekV32Attention`, an `MLAAttention` that does all of it, writes the cache
+with its projections in one kernel, and ends in its `o_proj`.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ REQUEST = Request([], 0)
 
 
 def attention_layers(model: Any) -> Iterator[tuple[int, Any]]:
-    """Number and `MLAAttention` of every decoder layer in this process."""
+    """Number and `MLAAttention`, or what is made of it, of every decoder layer in this process."""
     for name, module in model.named_modules():
-        if type(module).__name__ == "MLAAttention" and (found := _layer(name)) is not None:
+        if _is_attention(module) and (found := _layer(name)) is not None:
             yield found, module
 
 
@@ -87,6 +89,9 @@ def watch(model: Any, layers: bool) -> None:
             continue
         if type(module).__name__ == "MLAAttention":
             HOOKS.append(module.register_forward_hook(_attention(number)))
+        elif _is_attention(module):
+            HOOKS.append(module.o_proj.register_forward_pre_hook(_values(number)))
+            HOOKS.append(module.register_forward_hook(_whole_layer(number), with_kwargs=True))
         elif type(module).__name__ == "MultiHeadLatentAttentionWrapper":
             HOOKS.append(module.register_forward_hook(_wrapper(number), with_kwargs=True))
 
@@ -161,34 +166,59 @@ def _logits(_module: Any, _args: Any, logits: Tensor | None) -> Tensor | None:
 def _attention(layer: int) -> Any:
     def hook(module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
         """MLAAttention(q, latent, rope, …) -> values; its rows have just been written."""
-        from vllm.forward_context import get_forward_context
-
         query, latent, rope = args[:3]
-        slots = get_forward_context().slot_mapping[module.layer_name][: len(latent)]
-        cache = _cache(module)
-        size = cache.shape[1]
-        rows = cache[slots // size, slots % size]
-        named = {
-            "query": query,
-            "latent": latent,
-            "rope": rope.flatten(1),
-            "values": out,
-            "rows": rows.view(torch.uint8),
-            "selection": module.impl.topk_indices_buffer[: len(latent)],
-        }
-        for name, value in named.items():
-            KEPT.setdefault(f"{layer}.{name}", []).append(value.detach().clone())
+        _keep(layer, query=query, latent=latent, rope=rope.flatten(1), values=out)
+        _keep(layer, **_stored(module, len(latent)))
 
     return hook
 
 
 def _wrapper(layer: int) -> Any:
     def hook(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
-        KEPT.setdefault(f"{layer}.hidden", []).append(hidden.detach().clone())
-        KEPT.setdefault(f"{layer}.output", []).append(out.detach().clone())
+        """MultiHeadLatentAttentionWrapper(positions, hidden, …) -> output."""
+        _keep(layer, hidden=kwargs["hidden_states"] if "hidden_states" in kwargs else args[1], output=out)
 
     return hook
+
+
+def _values(layer: int) -> Any:
+    def hook(_module: Any, args: tuple[Tensor, ...]) -> None:
+        """o_proj(values): what a whole layer attended, after W_UV."""
+        _keep(layer, values=args[0])
+
+    return hook
+
+
+def _whole_layer(layer: int) -> Any:
+    def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
+        """DeepseekV32Attention(positions, hidden) -> output; its rows have been written."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
+        _keep(layer, hidden=hidden, output=out, **_stored(module, len(hidden)))
+
+    return hook
+
+
+def _keep(layer: int, **named: Tensor) -> None:
+    for name, value in named.items():
+        KEPT.setdefault(f"{layer}.{name}", []).append(value.detach().clone())
+
+
+def _stored(module: Any, tokens: int) -> dict[str, Tensor]:
+    """The rows of this step's tokens, as bytes, and what they selected."""
+    from vllm.forward_context import get_forward_context
+
+    slots = get_forward_context().slot_mapping[module.layer_name][:tokens]
+    cache = _cache(module)
+    size = cache.shape[1]
+    rows = cache[slots // size, slots % size]
+    return {
+        "rows": rows.view(torch.uint8),
+        "selection": module.impl.topk_indices_buffer[:tokens],
+    }
+
+
+def _is_attention(module: Any) -> bool:
+    return any(kind.__name__ == "MLAAttention" for kind in type(module).__mro__)
 
 
 def _cache(module: Any) -> Tensor:

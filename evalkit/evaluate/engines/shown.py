@@ -38,6 +38,7 @@ class Shown:
     def __init__(self, documents: Sequence[Sequence[int]], decode: int, folder: Path) -> None:
         self.documents, self.decode, self.folder = documents, decode, folder
         self._files: dict[str, list[Path]] = {}
+        self._scales: dict[str, dict[int, float]] = {}
 
     def wants(self, arm: Arm) -> bool:
         """The control differs in its batches alone, and a document runs alone."""
@@ -57,6 +58,7 @@ class Shown:
                 f"layers_prompt_tokens is {tokens}: vLLM {proof['vllm']} attends a prompt of at most {dense} tokens "
                 "past its cache, and no stored row would be compared; ask for more"
             )
+        self._scales[arm.name] = {one["layer"]: one["k_scale"] for one in proof["layers"]}
         with progress(f"layers {arm.name}", len(self.documents)) as told:
             self._files[arm.name] = engine.keep(
                 self.documents, decode=self.decode, layers=arm.shows_layers, told=told
@@ -65,7 +67,10 @@ class Shown:
     def starts(self, arms: Sequence[Arm]) -> list[Start]:
         """Of the arms that showed something; the baseline's first start leads."""
         shown = [arm for arm in arms if arm.name in self._files]
-        return [Start(name=a.name, candidate=a.candidate, files=self._files[a.name]) for a in shown]
+        return [
+            Start(name=a.name, candidate=a.candidate, files=self._files[a.name], scales=self._scales[a.name])
+            for a in shown
+        ]
 
     def refuse_others(self) -> None:
         """Raise InputError where what lies here was shown of other documents: a prompt file may have changed."""

@@ -32,6 +32,18 @@ class MultiHeadLatentAttentionWrapper(nn.Module):
         return self.shown
 
 
+class DeepseekV32Attention(MLAAttention):
+    """A layer of newer versions: projections, cache and attention in one module, which ends in its `o_proj`."""
+
+    def __init__(self, layer_name, options):
+        super().__init__(layer_name, options)
+        self.o_proj = nn.Identity()
+
+    def forward(self, positions, hidden_states):
+        self.o_proj(self.values)
+        return self.shown
+
+
 def model_of(native, options):
     """Modules by vLLM's names, through which what the native model computes is shown."""
     root = nn.Module()
@@ -40,9 +52,12 @@ def model_of(native, options):
     root.lm_head = native.lm_head
     layers = []
     for number in range(len(native.evalkit.layers)):
-        layer, attention = nn.Module(), nn.Module()
-        attention.mla_attn = MultiHeadLatentAttentionWrapper(f"layers.{number}", options)
-        layer.self_attn = attention
+        layer, name = nn.Module(), f"layers.{number}"
+        if RECORDED["attention_layer"]["class"] == "DeepseekV32Attention":
+            layer.self_attn = DeepseekV32Attention(name, options)
+        else:
+            layer.self_attn = nn.Module()
+            layer.self_attn.mla_attn = MultiHeadLatentAttentionWrapper(name, options)
         layers.append(layer)
     root.model.layers = nn.ModuleList(layers)
     return root
@@ -172,15 +187,21 @@ def run(self, ids, fresh):
         hook.remove()
     for number, layer in enumerate(self.model.model.layers):
         found = seen.layers[number].joined()
-        wrapper = layer.self_attn.mla_attn
+        whole = isinstance(layer.self_attn, DeepseekV32Attention)
+        module = layer.self_attn if whole else layer.self_attn.mla_attn
+        attention = module if whole else module.mla_attn
         values = self.disturbed(found["values"].flatten(1), len(ids) + number)
-        wrapper.mla_attn.show(cache.state.layers[number], values[-fresh:], found["selection"][-fresh:])
-        CONTEXT.slot_mapping[wrapper.mla_attn.layer_name] = torch.arange(len(ids))[-fresh:]
+        attention.show(cache.state.layers[number], values[-fresh:], found["selection"][-fresh:])
+        places = torch.arange(len(ids))[-fresh:]
+        CONTEXT.slot_mapping[attention.layer_name] = places
         states = hidden[number][0, -fresh:]
+        module.shown = found["output"][-fresh:]
+        if whole:
+            module(positions=places, hidden_states=states)
+            continue
         latent, rope = (found[name][-fresh:].to(torch.bfloat16) for name in ("latent", "rope"))
-        wrapper.mla_attn(states, latent, rope[:, None], output_shape=None)
-        wrapper.shown = found["output"][-fresh:]
-        wrapper(torch.arange(len(ids))[-fresh:], states, None)
+        attention(states, latent, rope[:, None], output_shape=None)
+        module(places, states, None)
     return self.disturbed(out, len(ids)).bfloat16()
 
 
