@@ -73,7 +73,7 @@ class _ExitCode:
                     self.value = BAD_INPUT
             case InputError() | EngineDiedError() | TruncatedError():
                 print("evalkit: " + " ".join(str(error).split()), file=sys.stderr)
-                self.value = ONE_LINE[type(error)]
+                self.value = next(code for kind, code in ONE_LINE.items() if isinstance(error, kind))
             case OSError(errno=number, filename=str() | Path() as name) if number in REFUSED:
                 print(f"evalkit: {name}: {error.strerror}", file=sys.stderr)
                 self.value = BAD_INPUT

@@ -29,7 +29,6 @@ from typing import Any, Self, TypeVar
 from evalkit.errors import InputError
 from evalkit.files import locked, write_whole
 from evalkit.schema import (
-    OWN_SCALES,
     SCHEMA,
     AnswerLengthRecord,
     AnswerShareRecord,
@@ -61,7 +60,6 @@ from evalkit.schema import (
 )
 
 __all__ = [
-    "OWN_SCALES",
     "AnswerLengthRecord",
     "AnswerShareRecord",
     "AttributionRecord",

@@ -9,7 +9,7 @@ import math
 import reprlib
 from dataclasses import MISSING, asdict, dataclass, fields
 from types import UnionType
-from typing import Any, ClassVar, Final, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from evalkit.arm_names import is_later_start
 from evalkit.errors import InputError
@@ -67,15 +67,9 @@ class ProfileRecord(Record):
     n: int
 
 
-OWN_SCALES: Final = "own"
-
-
 @dataclass(frozen=True, kw_only=True)
 class CandidateRecord(Record):
-    """Proof of what ran: the resolved format and kernel, and the bytes read back for each token.
-
-    scales: where a per-tensor scale comes from; `OWN_SCALES` of a format that takes none from outside.
-    """
+    """Proof of what ran: the resolved format and kernel, and the bytes read back for each token."""
 
     kind: ClassVar[str] = "candidate"
     candidate: str

@@ -73,7 +73,10 @@ def test_a_document_shown_again_tells_order_from_choice_and_both_from_values(tmp
     (tmp_path / "layers").mkdir()
     for number, tensors in ((0, shown), (2, again)):
         save_file(tensors, tmp_path / "layers" / f"{number:04}.safetensors")
+        (tmp_path / "layers" / f"{number:04}.json").write_text('{"process": 7}')
     (row,) = layers.repeated(tmp_path, 2)
     assert row == {
         "layer": 0, "latent": 0.0, "recall": 0.875, "in_order": 0.5, "values": pytest.approx(2 / 8**0.5), "equal": 7 / 8,
     }  # fmt: skip
+    (tmp_path / "layers" / "0002.json").write_text('{"process": 8}')
+    assert layers.repeated(tmp_path, 2) == []

@@ -70,12 +70,15 @@ def layer_row(model: Any, layer: int, theirs: dict[str, Tensor]) -> dict[str, fl
 
 
 def repeated(folder: Path, last: int) -> list[dict[str, float]]:
-    """The first document shown again by the same engine, as its file `last`: one row a layer.
+    """The first document shown again by the same engine, as its file `last`: one row a layer; none by another start.
 
     latent, values: relative L2. recall: of the first selection. in_order: share of tokens whose selections are the same
     in the same order. equal: share of values that are the same bit for bit.
     """
-    first, again = (load_file(folder / "layers" / f"{number:04}.safetensors") for number in (0, last))
+    files = [folder / "layers" / f"{number:04}.safetensors" for number in (0, last)]
+    if len({json.loads(file.with_suffix(".json").read_text())["process"] for file in files}) > 1:
+        return []  # a step that was stopped in between: another start has more to differ in
+    first, again = map(load_file, files)
     rows = []
     for layer in sorted(int(name.split(".")[0]) for name in first if name.endswith(".values")):
         got, ref = ({probe: x[f"{layer}.{probe}"] for probe in REPEATED} for x in (again, first))

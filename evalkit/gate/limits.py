@@ -5,11 +5,12 @@ from dataclasses import replace
 from datetime import date
 from typing import Any
 
+from evalkit import kv
 from evalkit.errors import InputError
 from evalkit.gate.contradictions import WORDS
 from evalkit.gate.policy import Exemption, Limit, Policy
 from evalkit.gate.words import Check, Verdict
-from evalkit.records import OWN_SCALES, CandidateRecord, Record
+from evalkit.records import CandidateRecord, Record
 
 # Figures that only a format has which is given its scales.
 OF_GIVEN_SCALES = ("range.saturated_share", "range.headroom")
@@ -43,7 +44,7 @@ def _check(
     kind = [r for r in records if r.kind == limit.kind]
     _refuse_unknown_values(kind, limit)
     matching = [r for r in kind if _matches(r, {**limit.where, "candidate": candidate.candidate})]
-    if not matching and limit.figure in OF_GIVEN_SCALES and candidate.scales == OWN_SCALES:
+    if not matching and limit.figure in OF_GIVEN_SCALES and not kv.get(candidate.format).uses_scales:
         return Check(
             name=name,
             verdict=Verdict.NON_INFERIOR,

@@ -121,7 +121,9 @@ class Graft:
         )
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         before = kwargs.pop(OLD_ARGUMENT, None)
-        cache = kwargs.get(ARGUMENT, before)
+        cache = kwargs.get(ARGUMENT)
+        if cache is None:
+            cache = before
         if cache is None:
             cache = self.new_cache()
             use_cache = kwargs.get("use_cache")

@@ -10,7 +10,7 @@ from torch import Tensor
 from evalkit import kv
 from evalkit.attention.cache import BLOCK, PagedCache
 from evalkit.candidate import Candidate
-from evalkit.records import OWN_SCALES, CandidateRecord
+from evalkit.records import CandidateRecord
 
 TOKENS = 16
 FILLS = (0x00, 0xFF)
@@ -21,10 +21,7 @@ def candidate_record(candidate: Candidate, **seen: Any) -> CandidateRecord:
     known: dict[str, Any] = {
         key: getattr(candidate, key) for key in ("format", "scales", "backend", "index", "read")
     }
-    stored = kv.get(candidate.format)
-    known |= {"candidate": str(candidate), "row_bytes_per_token": stored.row_bytes}
-    if not stored.uses_scales:
-        known["scales"] = OWN_SCALES
+    known |= {"candidate": str(candidate), "row_bytes_per_token": kv.get(candidate.format).row_bytes}
     return CandidateRecord(**(known | seen))
 
 

@@ -167,7 +167,7 @@ def test_a_cache_by_its_older_name_is_the_one_that_is_used(model: Any) -> None:
     cache, base = model.evalkit.new_cache(), model.evalkit.new_cache()
     logits(model, prompt(), **{OLD_ARGUMENT: cache})
     with torch.no_grad():
-        model.base_model(input_ids=prompt(), **{OLD_ARGUMENT: base})
+        model.base_model(input_ids=prompt(), **{ARGUMENT: None, OLD_ARGUMENT: base})
     assert cache.get_seq_length() == base.get_seq_length() == prompt().shape[1]
 
 

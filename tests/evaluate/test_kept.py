@@ -36,27 +36,29 @@ def test_requests_that_ask_alike_are_asked_once(tmp_path):
     missing = questions.missing()
     assert [one["ids"] for one in missing.values()] == [[1, 2], [1, 2], [3]], "documents 0, 1 and 2"
     first, *others = missing
+    questions.begin()
     assert questions.keep(first, "a") == [(0, "a"), (2, "a")]
     assert list(questions.missing()) == others
     assert list(Questions(Kept(tmp_path / "answers", "x"), PROMPTS).known()) == [(0, "a"), (2, "a")]
 
 
 def test_seconds_add_up_over_the_processes_that_asked(tmp_path, at):
-    """The first was killed after two answers; what it spent on a third is not known."""
+    """The first was killed after two answers; what it spent on a third is not known, and a start is nobody's time."""
     at(10.0)
     questions = Questions(Kept(tmp_path / "answers", "x"), PROMPTS)
-    at(20.0)
     keys = list(questions.missing())
-    for seconds, key in ((23.0, keys[1]), (24.5, keys[0])):
-        at(seconds)
-        questions.missing()  # a worker died, and what is left is asked of another
+    for begins, ends, key in ((20.0, 23.0, keys[1]), (43.0, 44.5, keys[0])):
+        at(begins)
+        questions.begin()  # then a worker died, and what was left was asked of another
+        at(ends)
         questions.keep(key, "answer")
-    at(30.0)
+    at(50.0)
     again = Kept(tmp_path / "answers", "x")
     assert again.seconds(PROMPTS) == 4.5
     at(100.0)
     questions = Questions(again, PROMPTS)
     (left,) = questions.missing()
+    questions.begin()
     at(102.0)
     questions.keep(left, "answer")
     assert again.seconds(PROMPTS) == Kept(tmp_path / "answers", "x").seconds(PROMPTS) == 6.5

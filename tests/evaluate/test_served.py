@@ -12,6 +12,7 @@ from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.engines import endpoint, on_vllm
 from evalkit.evaluate.engines.endpoint import UNSEEN
+from evalkit.evaluate.engines.on_endpoints import EndpointScorer
 from evalkit.evaluate.engines.on_vllm import VllmScorer
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF
 from evalkit.model.load import EMBEDDED
@@ -401,3 +402,31 @@ def test_a_server_that_fails_ends_the_run_in_one_line_and_the_run_goes_on_when_i
         cli.main(["run", "--resume", str(run)])
     assert ended.value.code == 0
     assert [len(arm) for arm in answered(RunDirectory(run), "bf16@endpoint")] == [DOCUMENTS]
+
+
+def test_a_server_that_is_gone_once_the_run_exists_is_no_bad_input(
+    serve, settings, tmp_path, capfd, monkeypatch
+):
+    """All of its answers were fetched; what it says of itself was not."""
+    server = serve()
+    fetch = EndpointScorer.fetch
+
+    def fetch_and_go(self, *given, **named):
+        found = fetch(self, *given, **named)
+        server.shutdown()
+        server.server_close()
+        return found
+
+    monkeypatch.setattr(EndpointScorer, "fetch", fetch_and_go)
+    given = settings | {
+        "out": str(tmp_path),
+        "engine": "endpoint",
+        "candidates": "bf16",
+        "endpoint": server.url,
+    }
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["tasks", *(f"--set={key}={value}" for key, value in given.items())])
+    assert ended.value.code == 70
+    err, (run,) = capfd.readouterr().err, tmp_path.iterdir()
+    assert f"evalkit: no server answers at {server.url}" in err
+    assert f"to go on: evalkit run --resume {run}" in err

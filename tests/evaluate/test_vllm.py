@@ -368,7 +368,6 @@ def test_layers_and_logits_are_kept_as_the_engine_computed_them(start, tokenizer
         ("bf16@flashmla", "0.25.1", {}),
         ("fp8_ds_mla@flashmla", "0.25.1", {}),
         ("bf16@flashmla", "0.33.0", {}),
-        ("bf16@flashmla", "0.33.0", {"piece": 16}),
         # A piece of one token, which is no step.
         ("bf16@flashmla", "0.33.0", {"piece": 53}),
         ("bf16@flashmla", "0.33.0", {"piece": 1}),
@@ -392,6 +391,30 @@ def test_decoded_tokens_are_the_documents_own_whatever_the_model_would_have_chos
         # Alike in the stand-in, which computes everything anew at each step.
         torch.testing.assert_close(tensor.float(), wanted[name].float(), rtol=2e-2, atol=2e-2)
     assert len(json.loads(file.with_suffix(".json").read_text())["chosen"]) == len(ids) - decode - 1
+
+
+def test_files_of_other_documents_are_not_handed_back(start, tokenizer):
+    ids = tokenizer("the first of them")["input_ids"]
+    engine = start()
+    files = engine.keep([ids], decode=2)
+    assert engine.keep([ids], decode=2) == files
+    for others, decode in (([ids], 3), ([ids[:-1]], 2), ([[*ids[:-1], 5]], 2)):
+        with pytest.raises(
+            InputError, match="is of another document, or decodes another number of its tokens"
+        ):
+            engine.keep(others, decode=decode)
+
+
+def test_what_is_asked_after_a_document_that_failed_is_not_forced(start, prompts, native):
+    """Too little memory is told, and the worker lives on."""
+    engine = start(script={"raise_at": 2, "say": "CUDA out of memory. Tried to allocate 2 GiB"})
+    with pytest.raises(InputError, match="too little GPU memory"):
+        engine.keep([[7] * 9], decode=4)
+    found = dict(engine.generate(prompts))
+    assert engine.starts == 1
+    assert {place: list(one.ids) for place, one in found.items()} == {
+        place: list(one.ids) for place, one in native.generate(prompts)
+    }
 
 
 def test_a_document_that_is_decoded_whole_is_refused(start):

@@ -18,7 +18,6 @@ from evalkit.gate.policy import (
     Scope,
 )
 from evalkit.records import (
-    OWN_SCALES,
     CandidateRecord,
     EnvironmentRecord,
     PolicyRecord,
@@ -140,7 +139,7 @@ def make_run(tmp_path: Path, policy: Policy) -> Callable[..., Path]:
                 format_ = full.partition("@")[0]
                 values = {
                     "format": format_,
-                    "scales": OWN_SCALES,
+                    "scales": "one",
                     "backend": "flashmla",
                     "kernel": "a kernel; index scores: torch",
                     "index": "model",

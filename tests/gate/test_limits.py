@@ -10,7 +10,7 @@ from evalkit.gate.evidence import Evidence
 from evalkit.gate.limits import check_limits
 from evalkit.gate.policy import Exemption, Limit, Policy
 from evalkit.gate.words import Check, Verdict
-from evalkit.records import OWN_SCALES, LayerRecord
+from evalkit.records import LayerRecord
 
 TODAY = date(2026, 1, 1)
 L2 = Limit(name="l2", figure="layer.relative_l2", where={"rung": "total"}, at_most=0.01)
@@ -104,25 +104,26 @@ def test_an_exception_excuses_no_figure_that_was_not_recorded(
 
 
 @pytest.mark.parametrize(
-    ("figure", "scales", "verdict"),
+    ("figure", "format", "verdict"),
     [
-        ("range.saturated_share", OWN_SCALES, Verdict.NON_INFERIOR),
-        ("range.headroom", OWN_SCALES, Verdict.NON_INFERIOR),
-        ("range.zero_share", OWN_SCALES, Verdict.INCONCLUSIVE),
-        ("range.saturated_share", "one", Verdict.INCONCLUSIVE),
-        ("range.saturated_share", "calibrated", Verdict.INCONCLUSIVE),
+        ("range.saturated_share", "fp8_ds_mla", Verdict.NON_INFERIOR),
+        ("range.saturated_share", "bf16", Verdict.NON_INFERIOR),
+        ("range.headroom", "fp8_ds_mla", Verdict.NON_INFERIOR),
+        ("range.zero_share", "fp8_ds_mla", Verdict.INCONCLUSIVE),
+        ("range.saturated_share", "fp8_e4m3", Verdict.INCONCLUSIVE),
+        ("range.saturated_share", "nvfp4_ds_mla", Verdict.INCONCLUSIVE),
     ],
 )
 def test_a_format_that_is_given_no_scale_saturates_none(
     make_run: Callable[..., Path],
     with_policy: Callable[..., Policy],
     figure: str,
-    scales: str,
+    format: str,
     verdict: Verdict,
 ):
     """fp8_ds_mla has no such record in any run, and could else never be made a default."""
     limit = Limit(name="ranges", figure=figure, at_most=1e-4)
-    found = check(make_run(candidate={"scales": scales}), with_policy(limits=(limit,)))
+    found = check(make_run(candidate={"format": format}), with_policy(limits=(limit,)))
     assert found.verdict is verdict
     said = "takes no scale from outside" if verdict is Verdict.NON_INFERIOR else "was not recorded"
     assert said in found.reason

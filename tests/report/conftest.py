@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from evalkit.records import (
-    OWN_SCALES,
     CandidateRecord,
     EnvironmentRecord,
     LayerRecord,
@@ -114,7 +113,7 @@ def _opening() -> Iterator[Record]:
     for candidate in CANDIDATES:
         size = SIZES.get(candidate, 1152)
         yield CandidateRecord(
-            candidate=candidate, format=candidate.partition("@")[0].partition(":")[0], scales="one" if ":" in candidate else OWN_SCALES,
+            candidate=candidate, format=candidate.partition("@")[0].partition(":")[0], scales="one",
             backend=candidate.partition("@")[2], kernel="a kernel", index="model", read="native", heads=4, row_bytes_per_token=size,
             bytes_per_token_read_back=size, requested="fp8 <asked>", note="",
         )  # fmt: skip

@@ -35,6 +35,10 @@ PASSING = (408, 429)
 SILENT = 1  # a prompt's scores come with one generated token, which nobody reads
 
 
+class NoServerError(InputError):
+    """Nothing answers at a URL."""
+
+
 class EndpointEngine:
     """One candidate behind a URL.
 
@@ -182,6 +186,7 @@ class EndpointEngine:
         questions = Questions(self._kept, requests)
         yield from questions.known()
         missing = questions.missing()
+        questions.begin()
         self._ended.clear()
         with (
             progress(f"{self.model} at {self.url}", len(missing)) as step,
@@ -204,7 +209,7 @@ class EndpointEngine:
             try:
                 answer = requests.get(f"{self.url}/{name}", timeout=30)
             except requests.RequestException as error:
-                raise InputError(
+                raise NoServerError(
                     f"no server answers at {self.url} ({type(error).__name__}): start one, or name its address"
                 ) from None
             if answer.ok and (said := _object(answer)) is not None:

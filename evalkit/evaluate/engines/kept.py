@@ -103,14 +103,16 @@ class Questions:
                 yield from ((place, self._kept.answers[key]) for place in places)
 
     def missing(self) -> dict[str, dict[str, Any]]:
-        """What is to be asked, by its key; with the first call, asking has begun."""
-        if self._before is None:
-            self._before = time.perf_counter()
+        """What is to be asked, by its key."""
         return {key: asked for key, asked in self._asked.items() if key not in self._kept.answers}
+
+    def begin(self) -> None:
+        """Asking begins, or begins again."""
+        self._before = time.perf_counter()
 
     def keep(self, key: str, answer: Any) -> list[tuple[int, Any]]:
         """Keep one answer with the seconds since the one before it, or since asking began; returns its places."""
-        assert self._before is not None, "missing() says what is to be asked"
+        assert self._before is not None, "begin() says when asking begins"
         now = time.perf_counter()
         self._kept.keep(key, answer, now - self._before)
         self._before = now

@@ -12,9 +12,9 @@ from typing import Any
 from evalkit import kv
 from evalkit.candidate import BEST, Candidate
 from evalkit.config import RunConfig
-from evalkit.errors import InputError
+from evalkit.errors import EngineDiedError, InputError
 from evalkit.evaluate.engines.arms import Arm
-from evalkit.evaluate.engines.endpoint import UNSEEN, EndpointEngine
+from evalkit.evaluate.engines.endpoint import UNSEEN, EndpointEngine, NoServerError
 from evalkit.evaluate.engines.served import Gpus, Served
 from evalkit.model.proof import candidate_record
 from evalkit.records import CandidateRecord
@@ -59,9 +59,12 @@ class EndpointScorer(Served):
 
     def engine(self, arm: Arm, folder: Path, gpus: Gpus = ()) -> EndpointEngine:
         url = self.urls[self.requested[self.candidates.index(arm.candidate)]]
-        return EndpointEngine(
-            url, self.checkpoint, folder, max_length=self.config.max_length, at_once=arm.batch_size
-        )
+        try:
+            return EndpointEngine(
+                url, self.checkpoint, folder, max_length=self.config.max_length, at_once=arm.batch_size
+            )
+        except NoServerError as error:
+            raise EngineDiedError(str(error)) from None  # it was there before the run began
 
     def refuse_mixed(self, folder: Path) -> None:
         """Servers of two formats may well be of two versions: their records say so."""

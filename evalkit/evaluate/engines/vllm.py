@@ -8,6 +8,7 @@ shows in a control arm, an engine of the same candidate in another folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -138,7 +139,8 @@ class VllmEngine:
     ) -> list[Path]:
         """One safetensors file a document, by its number: its logits [T, V], and with `layers` every layer's tensors.
 
-        Files that are there are not made again. Documents run alone, one after the other.
+        Files that are there are not made again, and a folder that has one of other tokens, or decoded otherwise, is refused.
+        Documents run alone, one after the other.
 
         Args:
             documents: token ids of each, T of them.
@@ -146,7 +148,8 @@ class VllmEngine:
             told: called after each document.
 
         Raises:
-            InputError: layers are wanted of an engine with CUDA graphs, or a document has no prompt.
+            InputError: layers are wanted of an engine with CUDA graphs, a document has no prompt, or the folder has files
+                of other documents.
         """
         if layers and not self.launch.eager:
             raise InputError("layers are captured without CUDA graphs only: eager = true")
@@ -158,6 +161,9 @@ class VllmEngine:
         folder = self.folder / ("layers" if layers else "logits")
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{number:04}.safetensors" for number in range(len(documents))]
+        identities = [hashlib.sha256(json.dumps([decode, *ids]).encode()).hexdigest() for ids in documents]
+        for file, identity in zip(files, identities, strict=True):
+            _refuse_other_document(file, identity)
 
         def ask() -> None:
             missing = [number for number, file in enumerate(files) if not file.with_suffix(".json").exists()]
@@ -167,7 +173,7 @@ class VllmEngine:
             ]
             message = {"do": "keep", "documents": asked, "decode": decode, "layers": layers}
             for reply in self._running().ask(message) if asked else ():
-                found = reply["kept"]
+                found = reply["kept"] | {"identity": identities[reply["kept"]["id"]]}
                 # Last, so that a file whose writing was cut off counts as missing.
                 write_whole(files[found["id"]].with_suffix(".json"), json.dumps(found))
                 if told is not None:
@@ -187,7 +193,9 @@ class VllmEngine:
         def ask() -> None:
             asked = [one | {"id": key} for key, one in questions.missing().items()]
             message = {"do": kind, list_name: asked, "logprobs": self.logprobs}
-            for reply in self._running().ask(message) if asked else ():
+            worker = self._running() if asked else None
+            questions.begin()  # an engine's start is none of its answers' time
+            for reply in worker.ask(message) if worker is not None else ():
                 found = reply[reply_name]
                 fresh.extend(questions.keep(found.pop("id"), found))
                 step()
@@ -247,6 +255,14 @@ class VllmEngine:
                     f"{self.folder} was begun with {fact} {self.proof[fact]}, here it is {proof[fact]}: name a fresh "
                     "folder"
                 )
+
+
+def _refuse_other_document(file: Path, identity: str) -> None:
+    account = file.with_suffix(".json")
+    if account.exists() and json.loads(account.read_text()).get("identity") != identity:
+        raise InputError(
+            f"{file} is of another document, or decodes another number of its tokens: name a fresh folder"
+        )
 
 
 def refuse_other_path(launch: Launch, proof: Mapping[str, Any]) -> None:

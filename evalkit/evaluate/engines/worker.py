@@ -107,27 +107,34 @@ class Held:
         Its last `decode` tokens are generated, one by one, whatever the model makes of them.
         """
         self.llm.apply_model(partial(inside.watch, layers=message["layers"]))
-        for document in message["documents"]:
-            decoded = message["decode"]
-            end = len(document["ids"]) - decoded
-            ids, forced = document["ids"][:end], document["ids"][end:]
-            self.llm.apply_model(partial(inside.begin, forced=forced, rows=end - 1 + self.repeats))
-            # One more than is forced, so that the last of them is attended with.
-            options = {"max_tokens": decoded + 1, "prompt_logprobs": 0, "stop_token_ids": []}
-            self.add(ids, options)
-            told: Any = None
-            while self.llm.llm_engine.has_unfinished_requests():
-                for output in self.llm.llm_engine.step():
-                    told = output.prompt_logprobs or told
-                    made = list(output.outputs[0].token_ids)
-            if made[:decoded] != forced:
-                raise ValueError(f"{made[:decoded]} was generated where {forced} is forced")
-            chosen = [told[place][token].logprob for place, token in enumerate(ids) if place]
-            taken = {"path": document["file"], "prompt": end, "decoded": decoded}
-            found = self.llm.apply_model(partial(inside.take, **taken, tensor_parallel=self.tensor_parallel))
-            shapes = next((shapes for shapes in found if "logits" in shapes), found[0])
-            send({"kept": {"id": document["id"], "shapes": shapes, "chosen": chosen}})
-        self.llm.apply_model(inside.forget)
+        try:
+            for document in message["documents"]:
+                send({"kept": {"id": document["id"]} | self.shown(document, message["decode"])})
+        finally:  # what is asked next must not be forced, nor come after what failed
+            self.llm.apply_model(inside.forget)
+            if self.llm.llm_engine.has_unfinished_requests():
+                self.llm.llm_engine.abort_request([f"evalkit-{self.count}"])
+
+    def shown(self, document: dict[str, Any], decoded: int) -> dict[str, Any]:
+        """Write one document's file; what is in it, and what vLLM says of its prompt's tokens."""
+        end = len(document["ids"]) - decoded
+        ids, forced = document["ids"][:end], document["ids"][end:]
+        self.llm.apply_model(partial(inside.begin, forced=forced, rows=end - 1 + self.repeats))
+        # One more than is forced, so that the last of them is attended with.
+        self.add(ids, {"max_tokens": decoded + 1, "prompt_logprobs": 0, "stop_token_ids": []})
+        told: Any = None
+        made: list[int] = []
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                told = output.prompt_logprobs or told
+                made = list(output.outputs[0].token_ids)
+        taken = {"path": document["file"], "prompt": end, "decoded": decoded}
+        found = self.llm.apply_model(partial(inside.take, **taken, tensor_parallel=self.tensor_parallel))
+        if made[:decoded] != forced:
+            raise ValueError(f"{made[:decoded]} was generated where {forced} is forced")
+        shapes = next((shapes for shapes in found if "logits" in shapes), found[0])
+        chosen = [told[place][token].logprob for place, token in enumerate(ids) if place]
+        return {"shapes": shapes, "chosen": chosen, "process": os.getpid()}
 
     def add(self, ids: list[int], options: dict[str, Any]) -> str:
         """Queue one request of token ids; returns its name."""

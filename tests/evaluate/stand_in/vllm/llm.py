@@ -118,6 +118,8 @@ class LLMEngine:
 
     def step(self):
         self.steps += 1
+        if self.steps == SCRIPT.get("raise_at"):
+            raise RuntimeError(SCRIPT["say"])
         done = Path(SCRIPT["once"]).exists() if "once" in SCRIPT else False
         if self.steps == SCRIPT.get("die_at") and not done:
             if "once" in SCRIPT:
