@@ -94,7 +94,7 @@ def _judge(run: Evidence, other: Evidence | None, name: str, policy: Policy, tod
         missing = Check(
             name="ran",
             verdict=Verdict.INCONCLUSIVE,
-            reason=f"{name} is not in this run.",
+            reason=f"{name} is not in this run, which has {', '.join(one.candidate for one in run.candidates)}.",
             needs="A run with it among its candidates.",
         )
         return Judged(candidate=name, checks=(missing,))

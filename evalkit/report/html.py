@@ -67,6 +67,7 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
         started=run.started_utc,
         environment=next(iter(only(records, EnvironmentRecord)), None),
         documents=sorted({(r.task, r.n) for r in only(records, TaskRecord)}),
+        unjudged=tables.unjudged(records),
         first=[
             table
             for table in (

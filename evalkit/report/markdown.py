@@ -29,6 +29,8 @@ def render(run: RunDirectory, records: Sequence[Record]) -> str:
             f"{record.checkpoint} ({record.checkpoint_sha256[:12]}) on {where}, {record.dtype}, {record.started_utc}.",
             "",
         ]
+    if told := tables.unjudged(records):
+        lines += [f"**{told}**", ""]
     shown = (
         tables.verdicts,
         tables.candidates,

@@ -14,6 +14,7 @@ from evalkit.records import (
     EnvironmentRecord,
     FloorRecord,
     LayerRecord,
+    PolicyRecord,
     ProfileRecord,
     RangeRecord,
     Record,
@@ -72,6 +73,27 @@ def verdicts(records: Sequence[Record]) -> Table:
         rows=tuple((r.candidate, r.verdict, r.reason, r.needs or "nothing") for r in last),
         text_columns=4,
     )
+
+
+def unjudged(records: Sequence[Record]) -> str:
+    """What stands at the top of a report where tasks were scored and nobody judged them; empty elsewhere."""
+    tasks = only(records, TaskRecord)
+    if not tasks or last_judgement(records):
+        return ""
+    stored = only(records, PolicyRecord)
+    said = (
+        f"Not judged yet: evalkit gate judges this run under the policy that it stored, {stored[0].name}."
+        if stored
+        else "Not judged: this run was made for no policy and decides nothing; a loss of zero says that none was seen, and not "
+        "that one would have been."
+    )
+    scores: dict[str, set[float]] = {}
+    for record in tasks:
+        scores.setdefault(record.task, set()).update((record.score, record.baseline_score))
+    for score, why in ((1.0, "easy"), (0.0, "hard")):
+        if same := [name for name, found in scores.items() if found == {score}]:
+            said += f" Every candidate scores {share(score)} on {', '.join(same)}: too {why} to show a loss."
+    return said
 
 
 def candidates(records: Sequence[Record]) -> Table:

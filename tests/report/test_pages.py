@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
@@ -8,7 +9,15 @@ import pytest
 from rich.console import Console
 
 from evalkit import cli
-from evalkit.records import LayerRecord, RunDirectory, StageRecord, VerdictRecord, only
+from evalkit.records import (
+    LayerRecord,
+    PolicyRecord,
+    RunDirectory,
+    StageRecord,
+    TaskRecord,
+    VerdictRecord,
+    only,
+)
 from evalkit.report import html, markdown, plots, tables, terminal, where
 from tests.report.conftest import layer_record
 
@@ -94,6 +103,26 @@ def test_the_verdict_stands_first_with_its_reason_whole(run: RunDirectory):
         "▼ WORSE b 2 points < 3 & more. What it would take: Another format.",
     ]
     assert text.index("2 points") < text.index('<section id="candidates">')
+
+
+def test_a_run_that_nobody_judged_says_so_at_its_top(run: RunDirectory):
+    records = [r for r in run.read() if r.kind not in ("verdict", "policy")]
+    for page in (html.render(run, records), markdown.render(run, records)):
+        assert "Not judged: this run was made for no policy and decides nothing" in page
+    # Whose tasks differ; one that all answer right shows no loss.
+    assert "too easy" not in tables.unjudged(records)
+    full = [
+        replace(r, score=1.0, baseline_score=1.0)
+        if isinstance(r, TaskRecord) and r.task == "registers"
+        else r
+        for r in records
+    ]
+    assert "Every candidate scores 100.0% on registers: too easy to show a loss." in tables.unjudged(full)
+    stored = PolicyRecord(name="signed", sha256="0" * 64, text="{}")
+    assert "evalkit gate judges this run under the policy that it stored, signed" in tables.unjudged(
+        [stored, *records]
+    )
+    assert not tables.unjudged([r for r in records if not isinstance(r, TaskRecord)])
 
 
 def test_curves_hold_the_records_values(run: RunDirectory):
