@@ -5,7 +5,6 @@ from dataclasses import replace
 from datetime import date
 from typing import Any
 
-from evalkit import kv
 from evalkit.errors import InputError
 from evalkit.gate.contradictions import WORDS
 from evalkit.gate.policy import Exemption, Limit, Policy
@@ -44,7 +43,7 @@ def _check(
     kind = [r for r in records if r.kind == limit.kind]
     _refuse_unknown_values(kind, limit)
     matching = [r for r in kind if _matches(r, {**limit.where, "candidate": candidate.candidate})]
-    if not matching and limit.figure in OF_GIVEN_SCALES and not kv.get(candidate.format).uses_scales:
+    if not matching and limit.figure in OF_GIVEN_SCALES and not _is_given_scales(candidate.format):
         return Check(
             name=name,
             verdict=Verdict.NON_INFERIOR,
@@ -82,6 +81,13 @@ def _check(
         needs=f"A {'smaller' if limit.at_most is not None else 'larger'} figure, or an exception with a reason and a day.",
     )
     return _excepted(breach, allowed, today)
+
+
+def _is_given_scales(format: str) -> bool:
+    """By the format itself: what a record says of its scales may be damaged, and older ones say `one` of any."""
+    from evalkit import kv
+
+    return kv.get(format).uses_scales
 
 
 def _excepted(breach: Check, allowed: Sequence[Exemption], today: date) -> Check:
