@@ -60,6 +60,11 @@ class Arm:
         return FROZEN if self.frozen else "none"
 
 
+def phase_spans(prefill: int, total: int) -> dict[str, slice]:
+    """Which of a document's `total` tokens are its prompt, and which were decoded, where some were."""
+    return {PREFILL: slice(0, prefill)} | ({DECODE: slice(prefill, total)} if total > prefill else {})
+
+
 def arms_of(subject: Subject) -> list[Arm]:
     """The ways a subject runs, isolated first."""
     frozen = [Arm(subject=subject, mode=PROPAGATED, frozen=True)] if subject.runs_frozen else []

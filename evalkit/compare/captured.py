@@ -1,9 +1,9 @@
 """Compares what serving engines showed of their layers and logits with what the baseline's own engine showed.
 
 Each start of a candidate's engine left one safetensors file a document (evaluate/engines/inside.py writes them), of the
-same tokens: a prompt in one piece, then what was decoded token by token. The reference is the baseline's first start, and everything is propagated: each
-engine ran the whole model on its candidate. The floors are `floor:kernel`, the first candidate that stores bf16 on
-another backend, and `floor:start`, the baseline's second start.
+same tokens: a prompt in one piece, then what was decoded token by token. The reference is the baseline's first start, and
+everything is propagated: each engine ran the whole model on its candidate. The floors are `floor:kernel`, the first
+candidate that stores bf16 on another backend, and `floor:start`, the baseline's second start.
 
 Latent and rope are those that the stored rows hold. An engine shows no latent attention output: `values`, which is after
 W_UV, stands for it.
@@ -23,7 +23,7 @@ from torch import Tensor
 from evalkit import kv
 from evalkit.candidate import Candidate
 from evalkit.compare import noise
-from evalkit.compare.arms import DECODE, PREFILL, PROPAGATED, Arm, Subject
+from evalkit.compare.arms import PROPAGATED, Arm, Subject, phase_spans
 from evalkit.compare.cells import Cell
 from evalkit.compare.metrics import Accumulator
 from evalkit.compare.rows import layer_record, token_record
@@ -202,9 +202,7 @@ def _next_tokens(
 
 
 def _phases(watch: Watch, document: int) -> dict[str, slice]:
-    """Which of a document's tokens are its prompt, and which were decoded, where some were."""
-    prompt, total = watch.prefill[document], len(watch.documents[document])
-    return {PREFILL: slice(0, prompt)} | ({DECODE: slice(prompt, total)} if total > prompt else {})
+    return phase_spans(watch.prefill[document], len(watch.documents[document]))
 
 
 def _arms(starts: Sequence[Start]) -> list[tuple[Arm, Start]]:

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from evalkit.compare.arms import DECODE, PREFILL, PROPAGATED, Arm
+from evalkit.compare.arms import PROPAGATED, Arm, phase_spans
 from evalkit.compare.capture import LayerPass
 from evalkit.compare.metrics import Accumulator
 from evalkit.compare.rows import layer_record, selection_record
@@ -36,8 +36,7 @@ class ReferencePass:
 
     @classmethod
     def of(cls, run: LayerPass, prefill: int, topk: int) -> ReferencePass:
-        total = run.hidden.shape[1]
-        phases = {PREFILL: slice(0, prefill)} | ({DECODE: slice(prefill, total)} if total > prefill else {})
+        phases = phase_spans(prefill, run.hidden.shape[1])
         scores = run.probes.get("index_scores")
         margins = (
             {} if scores is None else {phase: margin(scores[span], topk) for phase, span in phases.items()}

@@ -91,9 +91,9 @@ def watch(model: Any, layers: bool) -> None:
             HOOKS.append(module.register_forward_hook(_attention(number)))
         elif _is_attention(module):
             HOOKS.append(module.o_proj.register_forward_pre_hook(_values(number)))
-            HOOKS.append(module.register_forward_hook(_whole_layer(number), with_kwargs=True))
+            HOOKS.append(module.register_forward_hook(_whole_layer(number, stores=True), with_kwargs=True))
         elif type(module).__name__ == "MultiHeadLatentAttentionWrapper":
-            HOOKS.append(module.register_forward_hook(_wrapper(number), with_kwargs=True))
+            HOOKS.append(module.register_forward_hook(_whole_layer(number, stores=False), with_kwargs=True))
 
 
 def forget(_model: Any) -> None:
@@ -173,10 +173,13 @@ def _attention(layer: int) -> Any:
     return hook
 
 
-def _wrapper(layer: int) -> Any:
-    def hook(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
-        """MultiHeadLatentAttentionWrapper(positions, hidden, …) -> output."""
-        _keep(layer, hidden=kwargs["hidden_states"] if "hidden_states" in kwargs else args[1], output=out)
+def _whole_layer(layer: int, stores: bool) -> Any:
+    def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
+        """Called (positions, hidden, …) -> output; where it `stores`, its rows have been written."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
+        _keep(layer, hidden=hidden, output=out)
+        if stores:
+            _keep(layer, **_stored(module, len(hidden)))
 
     return hook
 
@@ -185,15 +188,6 @@ def _values(layer: int) -> Any:
     def hook(_module: Any, args: tuple[Tensor, ...]) -> None:
         """o_proj(values): what a whole layer attended, after W_UV."""
         _keep(layer, values=args[0])
-
-    return hook
-
-
-def _whole_layer(layer: int) -> Any:
-    def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
-        """DeepseekV32Attention(positions, hidden) -> output; its rows have been written."""
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
-        _keep(layer, hidden=hidden, output=out, **_stored(module, len(hidden)))
 
     return hook
 

@@ -2,9 +2,8 @@
 
 Each document runs alone, its prompt in one piece and its last tokens one by one. A file holds the logits [T, V] and, of
 first starts and of the baseline's second, every layer's tensors: queries, values, rows, selection and what goes in and
-out. That is about
-8 KB a token and layer of dsa-nano, 120 KB of DeepSeek-V3.2, and while a document runs as much of GPU memory: 2,048
-tokens are 70 MB there and 15 GB here, for each such start. Later starts keep logits alone, 4 MB and 0.5 GB.
+out. That is about 8 KB a token and layer of dsa-nano, 120 KB of DeepSeek-V3.2, and while a document runs as much of GPU
+memory: 2,048 tokens are 70 MB there and 15 GB here, for each such start. Later starts keep logits alone, 4 MB and 0.5 GB.
 """
 
 from __future__ import annotations
