@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from evalkit.kv import Scales
 
 
 def is_cut(lengths: list[int], heads: int, processors: int) -> bool:
-    """Step 0 of FlashInfer's MLAPlan (scheduler.cuh, 0.7.2), for one query a request and no causal mask."""
+    """Step 0 of FlashInfer's MLAPlan (scheduler.cuh, 0.7.2 to 0.7.4), for one query a request and no causal mask."""
     cluster = 2 if heads > 64 else 1
     clusters, tile = processors // cluster, 64 * cluster
     total = sum(-(-heads // tile) * length for length in lengths)
@@ -214,3 +215,70 @@ def test_flashmla_decodes_no_fewer_queries_than_it_leaves_uncut(
     assert seen == [(least, (least, 64), True)]
     torch.testing.assert_close(out, want, rtol=0, atol=2e-2)
     torch.testing.assert_close(lse, want_lse)
+
+
+class StrictWrapper:
+    """FlashInfer's wrapper with the rule of 0.7.4: a cache must cover the slots that the plan saw."""
+
+    planned: ClassVar[list[tuple[int, ...]]] = []  # the slots that each plan saw
+
+    def __init__(self, workspace: Tensor, backend: str) -> None:
+        assert (workspace.dtype, backend) == (torch.uint8, "fa3")
+
+    def plan(self, *, metadata: SimpleNamespace, sm_scale: float, **_: Any) -> None:
+        starts = metadata.kv_indptr.tolist()
+        seen = metadata.kv_indices[starts[0] : starts[-1]]
+        self.pages = int(seen.max()) + 1
+        assert int(seen.min()) >= 0
+        self.planned.append(tuple(seen.tolist()))
+        self.exact = ExactWrapper(
+            metadata.kv_indices, metadata.kv_len_arr.tolist(), torch.empty(0), None, sm_scale
+        )
+
+    def run(self, *, kv_cache: Any, **given: Any) -> None:
+        if len(kv_cache[0]) < self.pages:
+            raise ValueError("KV cache does not cover the planned CSR page indices.")
+        self.exact.run(kv_cache=kv_cache, **given)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> type[StrictWrapper]:
+    """A package flashinfer whose wrapper is `StrictWrapper`."""
+    mla = ModuleType("flashinfer.mla")
+    mla.BatchMLAPagedAttentionWrapper = StrictWrapper  # type: ignore[attr-defined]
+    mla.MLAPlanMetadata = SimpleNamespace(csr=SimpleNamespace)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.mla", mla)
+    monkeypatch.setattr(StrictWrapper, "planned", [])
+    return StrictWrapper
+
+
+@pytest.mark.usefixtures("processors")
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("sizes", [(4096, 64), (64, 4096, 128, 64)])
+def test_a_plan_made_on_a_large_cache_serves_a_smaller_one(
+    sizes: tuple[int, ...], full: bool, strict: type[StrictWrapper]
+) -> None:
+    """Whichever slots a plan was made for, and whether queries have all their slots."""
+    backend, draw = FlashInfer(full=full), torch.Generator().manual_seed(3)
+    for slots in sizes:
+        rows = torch.randn(slots, 576, generator=draw).bfloat16()
+        indices = (slots - 1 - torch.arange(40).repeat(3, 1)).int()
+        if not full:
+            indices[1, 30:] = -1
+            indices[2] = -1
+        query = torch.randn(3, 8, 576, generator=draw).bfloat16()
+        want, want_lse = exactly(query, rows, indices, 0.07)
+        inputs = query[..., :512], query[..., 512:], rows.view(torch.uint8), kv.get("bf16"), indices, 0.07
+        out, lse = backend.attend(*inputs, Scales())
+        torch.testing.assert_close(out, want, rtol=0, atol=2e-2)
+        torch.testing.assert_close(lse, want_lse.where(want_lse < torch.inf, -torch.inf))
+    assert len(strict.planned) == 1  # the later calls are on the kept plan
+    assert not any(strict.planned[0])
+
+
+@pytest.mark.usefixtures("strict")
+def test_a_plan_leaves_the_slots_as_they_were() -> None:
+    slots, query = torch.tensor([7, 5, 9, 11], dtype=torch.int32), torch.zeros(2, 8, 512)
+    flashinfer._plan(slots, [1, 2], query, torch.bfloat16, 0.1)
+    assert slots.tolist() == [7, 5, 9, 11]

@@ -7,10 +7,11 @@ bf16.
 A plan depends on how many slots each query has, not on which, so the last few are kept: the kernel reads the slots
 from a buffer of ours, which the next call overwrites. Prompts of one shape that are prefilled layer after layer and
 batch after batch need the same few plans. To learn the lengths is to wait for the device; where a caller knows that
-every query has all its slots, `steady` asks for neither.
+every query has all its slots, `steady` asks for neither. From 0.7.4 on, a plan remembers the largest slot that it was
+made over and refuses a smaller cache later: the planner is shown slot 0 only, which every cache has.
 
 The kernel cuts a query's slots into pieces where a call has too little work for all processors, and rounds each
-piece's sum to bf16. `MLAPlan` (FlashInfer 0.7.2, scheduler.cuh) does so where a query has more slots than the average
+piece's sum to bf16. `MLAPlan` (FlashInfer 0.7.2 to 0.7.4, scheduler.cuh) does so where a query has more slots than the average
 of all work over its clusters of one or two processors, rounded up: to 32, 64, 128 or 192 up to an average of 8, 16, 32
 or 64, then to a multiple of 256. A query's result would depend on the others in the call. Small calls are therefore
 padded with queries that repeat the longest selection, until nothing is cut; the padding's results are dropped.
@@ -225,12 +226,19 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 def _plan(slots: Tensor, lengths: list[int], query: Tensor, dtype: torch.dtype, sm_scale: float) -> Any:
-    """Plan queries of these lengths over `slots`, which the wrapper reads whenever it runs."""
+    """Plan queries of these lengths over `slots`, which the wrapper reads whenever it runs.
+
+    The slots are as they were afterwards. While the plan is made they are 0: which slots there are does not change a
+    plan, and a plan that saw the slots of a large cache would refuse a smaller one.
+    """
     from flashinfer.mla import BatchMLAPagedAttentionWrapper, MLAPlanMetadata
 
     wrapper = BatchMLAPagedAttentionWrapper(_workspace(query.device), backend="fa3")
     counts = torch.tensor(lengths, dtype=torch.int32)  # planned on the host, where these stay
     starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    planned = slots[: sum(lengths)]
+    selected = planned.clone()
+    planned.zero_()
     wrapper.plan(
         metadata=MLAPlanMetadata.csr(
             qo_indptr=torch.arange(len(lengths) + 1, dtype=torch.int32),
@@ -251,6 +259,7 @@ def _plan(slots: Tensor, lengths: list[int], query: Tensor, dtype: torch.dtype, 
         lse_mode="basee",
         scale_mode="default" if dtype == torch.bfloat16 else "kv-per-tensor",
     )
+    planned.copy_(selected)
     return wrapper
 
 
