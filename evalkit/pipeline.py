@@ -27,7 +27,7 @@ from evalkit.evaluate.tasks import run_tasks, task_records
 from evalkit.kv import Scales, scale_files
 from evalkit.model.proof import bytes_per_token, candidate_record
 from evalkit.prepare import Prepared, prepare
-from evalkit.progress import progress
+from evalkit.progress import part, progress
 from evalkit.records import (
     CandidateRecord,
     EnvironmentRecord,
@@ -223,10 +223,11 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
     if "tasks" not in config.stages or not config.tasks:
         return
     known = {record.candidate for record in only(directory.read(), CandidateRecord)}
-    for arm in prepared.arms:
+    for number, arm in enumerate(prepared.arms, 1):
         if directory.done(f"tasks {arm.name}"):
             continue
-        with scorer.lm(arm, directory.path) as lm, directory.stage(f"tasks {arm.name}") as write:
+        place = f"arm {number} of {len(prepared.arms)}, {arm.name}"
+        with part(place), scorer.lm(arm, directory.path) as lm, directory.stage(f"tasks {arm.name}") as write:
             for proved in scorer.proof(arm, directory.path) if arm.name not in known else ():
                 write.write(proved)
             before = [] if arm.against is None else read_samples(directory.path, arm.against)
