@@ -1,12 +1,14 @@
 # `make` lists the targets. Each makes the environment it needs, once per change of pyproject.toml.
 #   make eval-fp8 PY=python3      use this interpreter, which has everything; no environment is made
 #   make test TORCH=torch==2.12   another torch
+#   make test VERSIONS=oldest     the tests alone, on requirements/oldest.txt, in .venv-oldest
+#   make test VERSIONS=newest     the same on the newest of everything, in .venv-newest, which is made afresh each time
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv install eval-fp8 test test-gpu nightly bench-kernels lint format report clean
+.PHONY: help venv install eval-fp8 test test-gpu nightly bench-kernels lint format report clean always
 export TIMEFORMAT := took %0lR
 
-VENV    ?= .venv
+VENV    ?= .venv$(addprefix -,$(VERSIONS))
 CONFIG  ?= configs/eval-fp8.toml
 ARGS    ?=
 NIGHTLY ?= configs/nightly.toml
@@ -16,10 +18,23 @@ SITE    ?= site
 WORKERS ?= 2
 GPU     := $(shell command -v nvidia-smi)
 EXTRAS  ?= $(if $(GPU),cuda$(comma)dev,dev)
-TORCH   ?= $(if $(GPU),torch,torch==2.13.0)
+TORCH   ?= $(if $(GPU),,$(TORCH_$(VERSIONS)))
 # CPU wheels live here; without a GPU, the default index would bring gigabytes of CUDA libraries.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 comma := ,
+
+# What VERSIONS stands for: from which interpreter, which torch without a GPU, and how the rest is installed.
+PYTHONS_ = python3 python3.13 python3.12 python3.11
+TORCH_   = torch==2.13.0
+INSTALL_ = $(PIP) -e ".[$(EXTRAS)]"
+PYTHONS_oldest = python3.11 python3.12
+TORCH_oldest   = $(shell grep ^torch== requirements/oldest.txt)
+INSTALL_oldest = $(INSTALL_) -c requirements/oldest.txt
+PYTHONS_newest = $(PYTHONS_)
+TORCH_newest   = torch
+INSTALL_newest = $(PY) requirements/newest.py $(EXTRAS) > $(VENV)/newest.txt && $(PIP) -r $(VENV)/newest.txt \
+    && $(PIP) --no-deps -e .
+$(if $(value INSTALL_$(VERSIONS)),,$(error VERSIONS=$(VERSIONS) is unknown: oldest or newest is right, or nothing))
 
 ifdef PY
 READY :=
@@ -28,28 +43,29 @@ PY    := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
-INSTALL_TORCH = $(if $(GPU),$(PIP) "$(TORCH)",$(PIP) --retries 0 --timeout 15 --index-url $(TORCH_INDEX) "$(TORCH)" \
-    || { echo "$(TORCH) is not at $(TORCH_INDEX): taking it from pip's own index" >&2; $(PIP) "$(TORCH)"; })
+CPU_WHEEL = { $(PIP) --retries 0 --timeout 15 --index-url $(TORCH_INDEX) "$(TORCH)" \
+    || { echo "$(TORCH) is not at $(TORCH_INDEX): taking it from pip's own index" >&2; false; }; }
+INSTALL_TORCH = $(if $(TORCH),{ $(if $(GPU),,$(CPU_WHEEL) ||) $(PIP) "$(TORCH)"; },true)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 install venv: $(READY)  ## make the environment
 
-$(VENV)/.installed: pyproject.toml
-	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11) ""; do \
+$(VENV)/.installed: pyproject.toml $(wildcard requirements/$(VERSIONS).txt) $(if $(filter newest,$(VERSIONS)),always)
+	@for python in $(or $(PYTHON),$(PYTHONS_$(VERSIONS))) ""; do \
 	    [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
 	done; \
-	[ -n "$$python" ] || { echo "evalkit needs Python 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }; \
-	echo "installing into $(VENV): $$("$$python" --version), $(TORCH)$(if $(GPU),, for CPU), .[$(EXTRAS)]"; \
-	"$$python" -m venv $(VENV)
-	@time { $(INSTALL_TORCH) && $(PIP) -e ".[$(EXTRAS)]"; }
+	[ -n "$$python" ] || { echo "no Python 3.11 or newer found: make PYTHON=/path/to/python" >&2; exit 1; }; \
+	echo "installing into $(VENV): $$("$$python" --version), $(or $(TORCH),torch)$(if $(GPU),, for CPU), .[$(EXTRAS)]"; \
+	"$$python" -m venv $(if $(VERSIONS),--clear) $(VENV)
+	@time { $(INSTALL_TORCH) && $(INSTALL_$(VERSIONS)); }
 	@touch $@
 
 eval-fp8: $(READY)  ## what fp8 KV formats cost against bf16, on the embedded checkpoint
 	@time $(PY) -m evalkit.cli run --config $(CONFIG) $(ARGS)
 
-test: lint  ## ruff, mypy, and every test that needs no GPU
+test: $(if $(VERSIONS),$(READY),lint)  ## ruff, mypy, and every test that needs no GPU
 	@time $(PY) -m pytest -q -n $(WORKERS) -m "not gpu" $(ARGS)
 
 test-gpu: $(READY)  ## the tests that need a GPU
@@ -82,5 +98,5 @@ report: $(READY)  ## write the newest run's report again
 	@$(PY) -m evalkit.cli report $(ARGS)
 
 clean:  ## remove the environment and caches; runs/ stays
-	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv .venv-oldest .venv-newest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
