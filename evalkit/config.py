@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+from evalkit import shipped
 from evalkit.errors import InputError
 
 STAGES = ("layers", "kld", "tasks")
@@ -91,7 +92,8 @@ class RunConfig:
         eager: whether vLLM runs without CUDA graphs.
         memory_share: of a GPU's memory, for an engine.
         max_length: the longest context that an engine has room for; None is what the tasks need, or a server's own.
-        policy: the policy that the run is for, stored before anything is scored; its planted damage is scored too.
+        policy: the policy that the run is for, by the name of one that evalkit ships or by a TOML file; stored before
+            anything is scored, and its planted damage is scored too.
         seed: of every random choice.
         stages: what a run does of `layers`, `kld` and `tasks`.
         out: the directory of runs.
@@ -132,7 +134,7 @@ class RunConfig:
     eager: bool = True
     memory_share: float = 0.8
     max_length: int | None = None
-    policy: Path | None = None
+    policy: str | None = None
     seed: int = 0
     stages: tuple[str, ...] = STAGES
     out: Path = Path("runs")
@@ -187,20 +189,33 @@ class RunConfig:
                 raise InputError(f"{key} is given, and engine is {self.engine}: it is for engine={takers}")
 
     @classmethod
-    def load(cls, path: Path | None = None, overrides: Sequence[str] = ()) -> Self:
+    def load(
+        cls, path: str | Path | None = None, overrides: Sequence[str] = (), policy: str | None = None
+    ) -> Self:
         """Read a TOML file, or take the defaults, then apply `key=value` overrides in order.
+
+        Args:
+            path: the file, or the name of a configuration that evalkit ships.
+            overrides: each as `key=value`.
+            policy: goes before the one that file or overrides give.
 
         Raises:
             InputError: a file is missing or unreadable, a key unknown, or a value of the wrong type.
         """
         values: dict[str, Any] = {}
         if path is not None:
-            values = {key: _value(key, raw, str(path)) for key, raw in _toml(path).items()}
+            file = shipped.find("configuration", path)
+            values = {key: _value(key, raw, str(file)) for key, raw in _toml(file).items()}
         for override in overrides:
             key, equals, text = override.partition("=")
             if not equals:
                 raise InputError(f"--set {override}: give it as key=value")
             values[key.strip()] = _from_text(key.strip(), text.strip())
+        if policy is not None:
+            values["policy"] = policy
+        if values.get("policy") is not None:
+            # The run keeps it, and may go on from another folder.
+            values["policy"] = shipped.lasting("policy", values["policy"])
         config = cls(**values)
         if config.layers_prompts is not None:
             _refuse_unreadable(config.layers_prompts)
@@ -235,8 +250,6 @@ class RunConfig:
 def _toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"no configuration file at {path}") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a directory: give a TOML file") from None
     except OSError as error:

@@ -234,8 +234,8 @@ def _refuse_unanswered(policy: Policy, config: RunConfig) -> None:
     """Refuse endpoints and limits that the run records nothing of."""
     asked = config.tasks if "tasks" in config.stages else ()
     tasks = load_tasks(asked, config.task_documents, config.seed, config.data) if asked else ()
-    beforehand.refuse_unscored(policy, str(config.policy), scored(tasks))
-    beforehand.refuse_unmeasured(policy, str(config.policy), config)
+    beforehand.refuse_unscored(policy, f"policy {config.policy}", scored(tasks))
+    beforehand.refuse_unmeasured(policy, f"policy {config.policy}", config)
 
 
 def _refuse_absent(
@@ -243,7 +243,7 @@ def _refuse_absent(
 ) -> None:
     if policy is not None:
         named = dict(zip(requested, map(str, candidates), strict=True))
-        beforehand.refuse_absent(policy, str(config.policy), named)
+        beforehand.refuse_absent(policy, f"policy {config.policy}", named)
 
 
 def _documents(config: RunConfig, lm: EvalkitLM) -> list[Tensor]:

@@ -20,6 +20,7 @@ RANK = {
     "arm_names": 0,
     "registry": 1,
     "progress": 1,
+    "shipped": 1,
     "spans": 1,
     "schema": 1,
     "records": 2,

@@ -15,12 +15,24 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from evalkit import cli, kv
+from evalkit import __version__, cli, kv, shipped
 from evalkit.commands import runs
 from evalkit.gate import policy, verdict
 from evalkit.records import EnvironmentRecord, RunDirectory, StageRecord, VerdictRecord, only
 
-COMMANDS = ["run", "layers", "kld", "tasks", "report", "calibrate", "formats", "doctor", "lm-eval"]
+COMMANDS = [
+    "run",
+    "layers",
+    "kld",
+    "tasks",
+    "gate",
+    "plan",
+    "report",
+    "calibrate",
+    "formats",
+    "doctor",
+    "lm-eval",
+]
 
 
 def exit_code(*arguments: str) -> object:
@@ -33,6 +45,29 @@ def exit_code(*arguments: str) -> object:
 def test_help_holds_an_example(command: str, capsys: pytest.CaptureFixture[str]):
     assert exit_code(command, "--help") == 0
     assert f"Example: evalkit {command}" in capsys.readouterr().out
+
+
+def test_the_version_is_said_with_the_name(capsys: pytest.CaptureFixture[str]):
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"evalkit {__version__}\n"
+
+
+def test_help_names_every_configuration_that_evalkit_ships(capsys: pytest.CaptureFixture[str]):
+    for command in ("run", "layers", "kld", "tasks"):
+        assert exit_code(command, "--help") == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"or {' or '.join(shipped.names('configuration'))}, which evalkit ships" in said
+
+
+def test_a_policy_is_named_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    said = []
+    monkeypatch.chdir(tmp_path)
+    for given in (str(DEFAULT), "default", "default.toml"):
+        assert exit_code("plan", given, "--discordance", "0.02") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] != ""
 
 
 def test_help_answers_at_once():
@@ -48,7 +83,18 @@ def test_help_answers_at_once():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "--config", "nowhere.toml"], "no configuration file at nowhere.toml"),
+        (["run", "--config", "nowhere.toml"], "no configuration 'nowhere.toml', neither a file nor a name"),
+        (["run", "--config", "eval-fp9"], "did you mean 'eval-fp8'? Give eval-fp8, nightly, or a TOML file"),
+        (["layers", "--config", "configs/eval-fp8.toml"], "did you mean 'eval-fp8'?"),
+        (["run", "--policy", "defualt"], "did you mean 'default'?"),
+        (["tasks", "--set", "policy=defualt"], "did you mean 'default'?"),
+        (["plan", "defualt", "--discordance", "0.02"], "did you mean 'default'?"),
+        (["gate", "nowhere", "--policy", "./default.toml"], "did you mean 'default'?"),
+        (["gate", "nowhere", "--policy", "default"], "no run at nowhere"),
+        (
+            ["run", "--policy", "default"],
+            "policy default: endpoints[0]: task evalkit_registers_2048 is not scored",
+        ),
         (["layers", "--set", "sead=1"], "did you mean 'seed'"),
         (["tasks", "--set", "checkpoint=nowhere"], "no checkpoint at nowhere"),
         (["kld"], "give --text FILE or --transcripts RUN"),

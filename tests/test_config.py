@@ -86,17 +86,45 @@ def test_prompts_without_text_are_refused(content: bytes, said: str, tmp_path: P
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path):
-    with pytest.raises(InputError, match="no configuration file at"):
+    with pytest.raises(InputError, match=r"no configuration '/.*/none.toml', neither a file nor a name"):
         RunConfig.load(tmp_path / "none.toml")
     with pytest.raises(InputError, match="is a directory"):
         RunConfig.load(tmp_path)
 
 
-def test_the_configurations_of_this_project_are_read():
-    paths = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
-    assert paths
-    for path in paths:
-        assert RunConfig.load(path).name == path.stem
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configurations_of_this_project_are_read_from_every_folder_by_name(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig.load(path).name == path.stem
+    assert RunConfig.load(path.stem) == RunConfig.load(path.name) == RunConfig.load(path)
+
+
+def test_a_configuration_in_this_folder_goes_before_one_that_evalkit_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("nightly").write_text('name = "mine"')
+    assert RunConfig.load("nightly").name == "mine"
+    assert RunConfig.load("nightly.toml").name == "nightly"
+
+
+def test_a_policy_is_kept_so_that_a_run_finds_it_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text("")
+    own = toml(tmp_path, 'policy = "default.toml"')
+    assert RunConfig.load(own).policy == "default"
+    assert RunConfig.load(own, ["policy=mine.toml"]).policy == str(tmp_path / "mine.toml")
+    assert RunConfig.load(own, ["policy=mine.toml"], policy="default").policy == "default"
+    assert RunConfig.load(own, ["policy=null"]).policy is None
+    with pytest.raises(InputError, match=r"no policy 'defualt', .* did you mean 'default'"):
+        RunConfig.load(None, ["policy=defualt"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Options that several commands take, and the exit codes."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,12 @@ INTERRUPTED = 130
 
 
 Config = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="A TOML file; without it, the defaults.")
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A TOML file, or eval-fp8 or nightly, which evalkit ships. Without it, the defaults.",
+    ),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Over the file; repeatable.")

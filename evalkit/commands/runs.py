@@ -17,8 +17,12 @@ def run(
     config: Config = None,
     set_: Set = None,
     policy: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The policy the run is for, stored before anything is scored."),
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The policy the run is for, stored before anything is scored: a TOML file, or one that evalkit ships, "
+            "such as default.",
+        ),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run, from its last whole stage.")
@@ -26,15 +30,13 @@ def run(
 ) -> None:
     """Compare layers, score tasks, write the report.
 
-    Example: evalkit run --config configs/eval-fp8.toml --set task_documents=48
+    Example: evalkit run --config eval-fp8 --set task_documents=48
     """
     if resume is not None and (config is not None or set_ or policy is not None):
         raise InputError(
             f"--resume {resume} takes its configuration from the run: give neither --config nor --set nor --policy"
         )
-    asked = _resumed(resume) if resume is not None else RunConfig.load(config, set_ or ())
-    if policy is not None:
-        asked = asked.with_values(policy=policy)
+    asked = _resumed(resume) if resume is not None else RunConfig.load(config, set_ or (), policy)
     from evalkit import pipeline
 
     print(pipeline.run(asked, resume))
@@ -84,7 +86,7 @@ def kld(
 def tasks(config: Config = None, set_: Set = None) -> None:
     """Score tasks on the same documents for every candidate.
 
-    Example: evalkit tasks --config configs/eval-fp8.toml --set task_documents=100
+    Example: evalkit tasks --config eval-fp8 --set task_documents=100
     """
     asked = RunConfig.load(config, set_ or ())
     from evalkit import pipeline

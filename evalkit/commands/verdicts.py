@@ -14,7 +14,13 @@ app = typer.Typer()
 @app.command()
 def gate(
     run: Annotated[Path, typer.Argument(help="A run directory, or the bundle of one.")],
-    policy: Annotated[Path, typer.Option(metavar="FILE", help="What to judge by.")],
+    policy: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="What to judge by: a TOML file, or a policy that evalkit ships, such as default.",
+        ),
+    ],
     against: Annotated[
         Path | None,
         typer.Option(
@@ -25,7 +31,7 @@ def gate(
 ) -> None:
     """Judge a finished run. Exit 0 NON-INFERIOR, 10 WORSE, 11 INCONCLUSIVE, 12 ANOMALOUS.
 
-    Example: evalkit gate runs/2026-01-31T12-00-00Z-run --policy tasks/policies/default.toml
+    Example: evalkit gate runs/2026-01-31T12-00-00Z-run --policy default
     """
     from evalkit.gate import policy as policies
     from evalkit.gate import verdict
@@ -50,7 +56,9 @@ def gate(
 
 @app.command()
 def plan(
-    policy: Annotated[Path, typer.Argument(help="A policy.")],
+    policy: Annotated[
+        str, typer.Argument(help="A policy: a TOML file, or one that evalkit ships, such as default.")
+    ],
     discordance: Annotated[
         float | None, typer.Option(help="Share of documents whose outcome differs, as 0.02.")
     ] = None,
@@ -64,7 +72,7 @@ def plan(
 ) -> None:
     """Say how many documents, and how many hours, a policy's decision needs.
 
-    Example: evalkit plan tasks/policies/default.toml --discordance 0.02
+    Example: evalkit plan default --discordance 0.02
     """
     from evalkit.gate import planning
     from evalkit.gate import policy as policies

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evalkit.errors import InputError
-from evalkit.evaluate.tasks import tasks_dir
+from evalkit.shipped import tasks_dir
 
 CALIBRATION_DOCUMENTS = 2
 RANGE_SEEDS = (900_001, 900_002)  # not a run's, so that a profile makes the same model in every run

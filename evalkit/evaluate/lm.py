@@ -25,6 +25,7 @@ from evalkit.errors import InputError
 from evalkit.evaluate.engines.base import Engine, Label, Prompt, Span
 from evalkit.evaluate.engines.native import NativeEngine, auto_batch_size
 from evalkit.progress import progress
+from evalkit.shipped import tasks_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -236,8 +237,7 @@ class EvalkitLM(TemplateLM):
         Raises:
             InputError: a request asks for sampling or another decoding, has no prompt, or is too long.
         """
-        self._encode_prompts([request.args[0] for request in requests])
-        prompts = [self._prompt(request) for request in requests]
+        prompts = self.check(requests)
         texts = [""] * len(prompts)
         with _shown("answering", prompts, disable_tqdm) as advance:
             for i, answer in self.engine.generate(prompts):
@@ -248,9 +248,14 @@ class EvalkitLM(TemplateLM):
                 advance()
         return texts
 
-    def check(self, request: Instance) -> None:
-        """Refuse a text that cannot be generated (too long a prompt, sampling) without generating it."""
-        self._prompt(request)
+    def check(self, requests: Sequence[Instance]) -> list[Prompt]:
+        """The prompts of requests to generate; nothing is generated.
+
+        Raises:
+            InputError: a request asks for sampling or another decoding, has no prompt, or is too long.
+        """
+        self._encode_prompts([request.args[0] for request in requests])  # all at once, which is faster
+        return [self._prompt(request) for request in requests]
 
     def _prompt(self, request: Instance) -> Prompt:
         text, asked = request.args
@@ -260,7 +265,6 @@ class EvalkitLM(TemplateLM):
             raise InputError(f"{label} asks for sampling; evalkit generates greedily (do_sample: false)")
         if other := sorted(wanted.keys() - GREEDY_KWARGS):
             raise InputError(f"{label} asks for {', '.join(other)}; greedy decoding has no such option")
-        self._encode_prompts([text])
         ids, max_new = list(_PROMPTS[self.tokenizer][text]), int(wanted["max_gen_toks"])
         if not ids:
             raise InputError(f"{label} has an empty prompt")
@@ -342,8 +346,6 @@ def lm_eval_main(argv: Sequence[str]) -> None:
     from lm_eval._cli import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging
-
-    from evalkit.evaluate.tasks import tasks_dir
 
     setup_logging()
     before, sys.argv = sys.argv, ["evalkit lm-eval", *argv]  # all that its parser reads

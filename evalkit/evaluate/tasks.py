@@ -19,21 +19,19 @@ from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-import evalkit
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.timing import Call, StepTime, step_time
 from evalkit.evaluate.lm import Coverage, EvalkitLM
 from evalkit.evaluate.transcripts import transcript
 from evalkit.gate.beforehand import Scored
 from evalkit.records import SampleRecord, TaskRecord
+from evalkit.shipped import tasks_dir
 from evalkit.stats import paired
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
 
-# What is in tasks/ and nowhere else, so that another project's tasks/ is not taken for ours.
-MARKER = "lm_eval_docs.py"
 # Names that begin so are in tasks/ or nowhere.
 PREFIX = "evalkit"
 # Groups of tasks/ whose names end so hold lm-eval's own tasks.
@@ -121,22 +119,6 @@ def task_records(
             decode_steps=None if step is None else step.steps,
             decode_graph=None if step is None else step.graph,
         )
-
-
-def tasks_dir() -> Path:
-    """Where the task files are: the checkout's tasks/, or the copy inside an installed wheel.
-
-    Raises:
-        InputError: neither is there.
-    """
-    package = Path(evalkit.__file__).resolve().parent
-    # In a checkout a copy beside the package would be an older installation's.
-    for found in (package.parent / "tasks", package / "tasks"):
-        if (found / MARKER).is_file():
-            return found
-    raise InputError(
-        f"no task files in {package.parent / 'tasks'} or {package / 'tasks'}; install evalkit again"
-    )
 
 
 def run_tasks(
@@ -341,9 +323,7 @@ def refuse_long_prompts(lm: EvalkitLM, tasks: Sequence[Task], documents: int) ->
     for task in tasks:
         with _quiet_lm_eval():
             task.build_all_requests(limit=documents, rank=0, world_size=1)
-        for request in task.instances:
-            if request.request_type == "generate_until":
-                lm.check(request)
+        lm.check([request for request in task.instances if request.request_type == "generate_until"])
 
 
 def ask(lm: EvalkitLM, tasks: Sequence[Task], documents: int, seed: int) -> None:

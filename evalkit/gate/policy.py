@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated
 
+from evalkit import shipped
 from evalkit.errors import InputError
 from evalkit.gate.contradictions import refuse_contradictions
 from evalkit.gate.strict import Range, build
@@ -172,17 +173,18 @@ class Policy:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def load(path: Path) -> Policy:
-    """Read a policy.
+def load(given: str | Path) -> Policy:
+    """Read a policy: one that evalkit ships, by its name, or a file.
 
     Raises:
-        InputError: the file cannot be read, says something unknown or out of range, contradicts itself, or limits a
-            figure that no record has.
+        InputError: there is none, the file cannot be read, says something unknown or out of range, contradicts itself,
+            or limits a figure that no record has.
     """
+    path = shipped.find("policy", given)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"no policy at {path}: {error.strerror}") from None
+        raise InputError(f"policy {path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, not TOML, or an integer of thousands of digits
         raise InputError(f"{path} is not TOML: {error}") from None
     except RecursionError:

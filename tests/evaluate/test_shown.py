@@ -17,7 +17,6 @@ from evalkit import cli, environment, pipeline, prepare
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.shown import Shown
-from evalkit.evaluate.tasks import tasks_dir
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.integrity import PASSED, layer_checks
 from evalkit.gate.limits import check_limits
@@ -39,6 +38,7 @@ from evalkit.records import (
     only,
 )
 from evalkit.report import starts, tables, terminal
+from evalkit.shipped import tasks_dir
 from tests.evaluate.test_served import STAND_IN, TASK, TOPK, counting, small_checkpoint
 
 BASELINE, FLOOR, FP8 = "bf16@flashmla", "bf16@flash_attn", "fp8_ds_mla@flashmla"

@@ -20,8 +20,8 @@ from evalkit.evaluate.tasks import (
     refuse_long_prompts,
     run_tasks,
     task_records,
-    tasks_dir,
 )
+from evalkit.shipped import tasks_dir
 from evalkit.stats.paired import compare
 
 
@@ -137,20 +137,6 @@ def test_a_typing_error_in_a_tasks_name_is_met_with_the_name(dummy, monkeypatch)
 def test_nothing_to_ask_is_refused(dummy):
     with pytest.raises(InputError, match="0 documents: want at least 1"):
         run_tasks(dummy, ["evalkit_needle_1024"], 0, 0, candidate="a")
-
-
-def test_task_files_of_a_checkout_go_before_a_copy_beside_the_package(tmp_path, monkeypatch):
-    package = tmp_path / "evalkit"
-    (package / "tasks").mkdir(parents=True)
-    (tmp_path / "tasks").mkdir()  # somebody else's
-    (package / "__init__.py").touch()
-    monkeypatch.setattr(evalkit, "__file__", str(package / "__init__.py"))
-    with pytest.raises(InputError, match="no task files"):
-        tasks_dir()
-    (package / "tasks" / tasks.MARKER).touch()
-    assert tasks_dir() == package / "tasks"
-    (tmp_path / "tasks" / tasks.MARKER).touch()
-    assert tasks_dir() == tmp_path / "tasks"
 
 
 def test_a_changed_candidate_name_does_not_break_the_pairing(dummy):

@@ -159,7 +159,7 @@ def test_such_a_run_ends_in_a_line_and_leaves_nothing(
         cli.main(["run", "--policy", str(file), *(f"--set={one}" for one in given)])
     assert ended.value.code == 64
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"evalkit: {file}: ")
+    assert line.startswith(f"evalkit: policy {file}: ")
     assert said in line
     assert not (tmp_path / "runs").exists()
 

@@ -21,6 +21,13 @@ def test_the_policies_here_are_read(path: Path):
     assert len(policy.sha256) == 64
 
 
+def test_a_policy_here_is_read_from_every_folder_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("default") == load("default.toml") == load(DEFAULT)
+    (tmp_path / "default").write_text(DEFAULT.read_text().replace("margin = 0.05", "margin = 0.06"))
+    assert load("default").sha256 != load("default.toml").sha256 == load(DEFAULT).sha256
+
+
 def test_the_hash_is_of_what_is_said_and_not_of_its_layout(tmp_path: Path):
     text = DEFAULT.read_text()
     other = tmp_path / "other.toml"
@@ -206,7 +213,7 @@ def test_looks_are_at_multiples_of_the_documents_planned():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "no policy at"),
+        (None, "neither a file nor a name that evalkit ships"),
         ("a =", "is not TOML"),
         (f"alpha = {5000 * '1'}", "is not TOML: Exceeds the limit"),
         (f"alpha = {5000 * '['}", "is not TOML: it is nested too deeply"),

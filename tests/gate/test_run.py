@@ -1,5 +1,6 @@
 """A run made for a policy: what it stores before it scores, the damage that it plants, and its verdict."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from evalkit.gate.evidence import Evidence
 from evalkit.gate.policy import load
 from evalkit.gate.verdict import judge
 from evalkit.model.load import EMBEDDED
-from evalkit.records import PolicyRecord, RunDirectory, StageRecord
+from evalkit.records import EnvironmentRecord, PolicyRecord, RunDirectory, StageRecord, only
 from evalkit.report import bundle
 from tests.conftest import random_model
 
@@ -41,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     policy.write_text(text.replace('"fp8_e4m3:calibrated", ', ""))
     return RunConfig(
         checkpoint=str(directory), device="cpu", candidates=("bf16", "fp8_ds_mla"), layers_prompt_tokens=96,
-        layers_decode_tokens=2, tasks=("evalkit_needle_1024",), task_documents=2, batch_size=2, policy=policy,
+        layers_decode_tokens=2, tasks=("evalkit_needle_1024",), task_documents=2, batch_size=2, policy=str(policy),
         out=tmp_path_factory.mktemp("out") / "runs",
     )  # fmt: skip
 
@@ -90,17 +91,41 @@ def test_a_random_model_is_anomalous_for_its_answers_never_end(run: Path, config
 
 def test_a_run_does_not_go_on_under_another_policy(run: Path, config: RunConfig):
     assert config.policy is not None
-    before = config.policy.read_text()
+    policy = Path(config.policy)
+    before = policy.read_text()
     path = run / "records.jsonl"
     whole = path.read_text()
     path.write_text("".join(line for line in whole.splitlines(True) if '"stage": "report"' not in line))
-    config.policy.write_text(before.replace("margin = 0.05", "margin = 0.06"))
+    policy.write_text(before.replace("margin = 0.05", "margin = 0.06"))
     try:
         with pytest.raises(InputError, match="was begun with policy"):
             pipeline.run(config, resume=run)
     finally:
-        config.policy.write_text(before)
+        policy.write_text(before)
         path.write_text(whole)
+
+
+def test_a_run_goes_on_from_another_folder_under_its_policy(
+    run: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It was named by a path within the folder where the run began."""
+    assert config.policy is not None
+    stopped = RunDirectory(shutil.copytree(run, tmp_path / "stopped"))
+    # The checkout may change while the test runs.
+    monkeypatch.setattr(environment, "commit", lambda: only(stopped.read(), EnvironmentRecord)[0].commit)
+    monkeypatch.chdir(Path(config.policy).parent)
+    begun = json.loads((stopped.path / "run.json").read_text())
+    begun["config"]["policy"] = RunConfig.load(None, policy=Path(config.policy).name).policy
+    (stopped.path / "run.json").write_text(json.dumps(begun))
+    records = stopped.path / "records.jsonl"
+    kept = [line for line in records.read_text().splitlines(True) if '"stage": "report"' not in line]
+    records.write_text("".join(kept))
+    (stopped.path / "report.html").unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", "--resume", "stopped"])
+    assert ended.value.code == 0
+    assert (stopped.path / "report.html").exists()
 
 
 def test_a_bundle_is_judged_as_its_run_and_stays_as_it_was_signed(
@@ -111,7 +136,7 @@ def test_a_bundle_is_judged_as_its_run_and_stays_as_it_was_signed(
     codes = []
     for what in (run, signed):
         with pytest.raises(SystemExit) as caught:
-            cli.main(["gate", str(what), "--policy", str(config.policy)])
+            cli.main(["gate", str(what), "--policy", config.policy])
         codes.append(caught.value.code)
     assert codes == [12, 12]
     assert bundle.sha256(signed) == before

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 import evalkit
 from evalkit.errors import InputError
-from evalkit.evaluate.tasks import load_tasks, run_tasks, tasks_dir
+from evalkit.evaluate.tasks import load_tasks, run_tasks
+from evalkit.shipped import tasks_dir
 from tests.tasks.solver import solve
 
 FILES = sorted(path.stem for path in tasks_dir().glob("*.yaml"))

@@ -57,7 +57,7 @@ class FlashInfer(BF16Operands):
         if device.type != "cuda":
             return f"FlashInfer needs an NVIDIA GPU, the device is {device.type}"
         if importlib.util.find_spec("flashinfer") is None:
-            return "the package flashinfer-python is not installed (pip install 'evalkit[cuda]')"
+            return "the package flashinfer-python is not installed (pip install 'evalkit-kv[cuda]')"
         major, minor = torch.cuda.get_device_capability(device)
         if major != 9:
             return f"FlashInfer's fa3 MLA kernel needs SM90, this GPU is SM{major}{minor}"

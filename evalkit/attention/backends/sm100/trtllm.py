@@ -30,7 +30,7 @@ def runs_on(device: torch.device) -> bool:
 def unavailable_because(heads: int) -> str | None:
     """Why the kernel cannot run on an SM100 GPU, in one line, or None where it can."""
     if importlib.util.find_spec("flashinfer") is None:
-        return "the package flashinfer-python is not installed (pip install 'evalkit[cuda]')"
+        return "the package flashinfer-python is not installed (pip install 'evalkit-kv[cuda]')"
     if 64 < heads < 128 or heads > 128:
         return f"the SM100 kernel takes up to 64 heads a rank, or 128; the model has {heads}"
     return None
