@@ -124,6 +124,24 @@ def test_recorded_steps_are_timed_once_their_recording_is_made(grafted_model, to
     assert set(engine.timed) == ({whole, replace(whole, steps=3, seconds=301.0)} if long else {whole})
 
 
+def test_steps_that_cannot_be_recorded_are_timed_one_by_one(grafted_model, tokenizer, clock, monkeypatch):
+    """On a GPU each of them takes as long as several recorded ones, and nobody reads what they give."""
+    monkeypatch.setitem(decoding.STEPS_AT_ONCE, "cuda", 4)
+    monkeypatch.setitem(decoding.STEPS_AT_ONCE, "cpu", 4)
+    begin, taken = Decoder.__init__, []
+
+    def begun(self, *given):
+        begin(self, *given)
+        self._records = True
+
+    monkeypatch.setattr(Decoder, "__init__", begun)
+    monkeypatch.setattr(Decoder, "_step", lambda self, visible: taken.append(visible))
+    engine = NativeEngine(grafted_model, tokenizer=tokenizer, batch_size=2)
+    assert len(dict(engine.generate(asked(2, max_new=2)))) == 2
+    assert [one.steps for one in engine.timed] == [1] * TIMED_CALLS
+    assert len(taken) == 4 + TIMED_CALLS, "those that warm up, and those that are timed"
+
+
 def test_plain_transformers_and_scoring_tell_no_time(plain_model, grafted_model, tokenizer):
     plain = NativeEngine(plain_model, tokenizer=tokenizer, batch_size=2)
     assert len(dict(plain.generate(asked(2, max_new=3)))) == 2

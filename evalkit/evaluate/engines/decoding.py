@@ -114,9 +114,14 @@ class Decoder:
 
     def time_on(self) -> None:
         """Advance further, read by nobody, until enough calls are timed: answers may be shorter than that takes."""
+        count = STEPS_AT_ONCE[self._device.type]
+        if self._records and self._steady() is None and len(self.timed) < TIMED_CALLS:
+            # A step that is not recorded takes as long as several that are. One a call is enough.
+            self.steps(max(0, STEPS_AT_ONCE["cuda"] - self._steps))
+            count = 1
         for _ in range(TIMED_CALLS + 2):  # of which two at most warm up
             if len(self.timed) < TIMED_CALLS:
-                self.steps(STEPS_AT_ONCE[self._device.type])
+                self.steps(count)
 
     def _pass(self, ids: Tensor, sequences: Sequence[int], start: int) -> Tensor:
         """Hidden states [P, T, D] of ids [P, T], which extend these sequences from column `start` on."""
@@ -140,8 +145,7 @@ class Decoder:
         if not self._records or self._steps <= STEPS_AT_ONCE["cuda"]:
             self._step(visible)
             return
-        backend = self._cache.state.backend
-        steady = backend.steady(full=min(self._column) + 1 >= self._topk)
+        backend, steady = self._cache.state.backend, self._steady()
         if steady is None:
             self._step(visible)
         elif steady in self._recorded:
@@ -155,6 +159,11 @@ class Decoder:
                 self._recorded[steady] = self._record()
             finally:
                 self._cache.state.backend = backend
+
+    def _steady(self) -> Backend | None:
+        """The backend for a step that can be recorded now."""
+        steady: Backend | None = self._cache.state.backend.steady(full=min(self._column) + 1 >= self._topk)
+        return steady
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """A step that sees every column. Recording computes nothing."""
