@@ -6,19 +6,22 @@ format loses is no part of it. Indexer keys are checked the same way.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from evalkit import kv
+from evalkit import environment, kv
 from evalkit.attention import backends, indexer
-from evalkit.attention.backends import Backend
-from evalkit.attention.indexer import Scorer
+from evalkit.attention.backends import Backend, flashmla
+from evalkit.attention.indexer import Scorer, deepgemm
 from evalkit.kv import RowFormat, Scales
 from evalkit.kv.index import IndexFormat
+from evalkit.versions import TESTED, VersionRange
 
 SLOTS = 256
 COUNTS = (0, 1, 100, 192)  # slots that each query selects
@@ -26,6 +29,52 @@ SM_SCALE = 192**-0.5
 EXACT, KERNEL, MODELLED = 1e-5, 3e-3, 0.05  # relative L2: float32; bf16 operands and output; fp8 query and P
 INDEX_SHAPE = (2, 5, 200)  # sequences, queries, keys
 INDEX_BOUNDS = {"torch": EXACT, "triton": EXACT, "deepgemm": 1e-3}
+# Of packages whose modules have other names.
+MODULES = {"lm-eval": "lm_eval", "flashinfer-python": "flashinfer"}
+LIBRARIES: dict[str, Callable[[], Path | None]] = {"FlashMLA": flashmla.library, "DeepGEMM": deepgemm.library}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package here. version: that of what ships it, where it has none of its own; None where it does not say."""
+
+    tested: VersionRange
+    installed: bool
+    version: str | None
+
+    @property
+    def words(self) -> str:
+        """What was found."""
+        if not self.installed:
+            return "not installed"
+        if self.version is None:
+            return "found, version unknown"
+        return (
+            self.version if self.tested.shipped_by is None else f"in {self.tested.shipped_by} {self.version}"
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """A line where the version found was not tested."""
+        return self.tested.beyond(self.version) if self.installed and self.version is not None else None
+
+
+def packages() -> list[Package]:
+    """The packages that decide numbers, as they are here."""
+    return [
+        Package(
+            tested=tested,
+            installed=_is_installed(tested.name),
+            version=environment.version_of(tested.shipped_by or tested.name),
+        )
+        for tested in TESTED
+    ]
+
+
+def _is_installed(name: str) -> bool:
+    if name in LIBRARIES:
+        return LIBRARIES[name]() is not None
+    return importlib.util.find_spec(MODULES.get(name, name.lower())) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from evalkit import __version__
+from evalkit import __version__, versions
 from evalkit.errors import InputError
 from evalkit.records import EnvironmentRecord
 
-PACKAGES = ("torch", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy")
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "lm_eval", "datasets", "numpy", "scipy")
 KERNEL_PACKAGES = ("flashinfer-python", "vllm")
 
 
@@ -33,10 +33,11 @@ def collect(
         command: what would repeat the run; None takes this process's.
         identity: what names the checkpoint's bytes; None hashes them all.
     """
+    packages = _packages()
     return EnvironmentRecord(
         commit=commit(),
         python=platform.python_version(),
-        packages=_packages(),
+        packages=packages,
         device=f"{platform.system()} {platform.machine()}, {device}",
         gpu=gpu_name(device),
         dtype=dtype,
@@ -45,6 +46,7 @@ def collect(
         flags=numerics_flags(),
         command=command if command is not None else command_line(sys.argv),
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        untested=versions.untested(packages),
     )
 
 
@@ -105,14 +107,15 @@ def command_line(argv: Sequence[str]) -> str:
 
 
 def _packages() -> dict[str, str]:
-    installed = {name: _version(name) for name in (*PACKAGES, *KERNEL_PACKAGES)}
+    installed = {name: version_of(name) for name in (*PACKAGES, *KERNEL_PACKAGES)}
     return {
         "evalkit": __version__,
         **{name: version for name, version in installed.items() if version is not None},
     }
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The version of an installed package; None where there is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

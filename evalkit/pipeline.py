@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from evalkit import environment, kv
+from evalkit import environment, kv, versions
 from evalkit.attention import backends, indexer
 from evalkit.candidate import Candidate
 from evalkit.compare import attribution, captured, divergence, noise, phases, ranges
@@ -283,9 +283,8 @@ def _refuse_other(directory: RunDirectory, now: EnvironmentRecord, prepared: Pre
     names = [record.candidate for record in only(records, CandidateRecord)]
     candidates = prepared.candidates[: len(names)]  # of a serving engine those whose tasks were scored
     facts = [(key, getattr(then, key), getattr(now, key)) for key in SAME_FACTS]
-    for table in ("packages", "flags"):
-        old, new = getattr(then, table), getattr(now, table)
-        facts += [(key, old.get(key), new.get(key)) for key in {**old, **new}]
+    facts += versions.changed(then, now)
+    facts += [(key, then.flags.get(key), now.flags.get(key)) for key in {**then.flags, **now.flags}]
     stored = next((record.sha256 for record in only(records, PolicyRecord)), None)
     facts.append(("policy", stored, None if prepared.policy is None else prepared.policy.sha256))
     facts.append(("candidates", ", ".join(names), ", ".join(map(str, candidates))))

@@ -26,7 +26,11 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentRecord(Record):
-    """Where and with what the run was made; `flags` are the numerics switches as they were set."""
+    """Where and with what the run was made; `flags` are the numerics switches as they were set.
+
+    `untested`: a line for each package of a version that this evalkit was not tested with; None in a run from before
+    that was recorded.
+    """
 
     kind: ClassVar[str] = "environment"
     commit: str | None
@@ -40,6 +44,7 @@ class EnvironmentRecord(Record):
     flags: dict[str, bool | str]
     command: str
     started_utc: str
+    untested: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

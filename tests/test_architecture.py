@@ -27,6 +27,7 @@ RANK = {
     "kv": 2,
     "config": 2,
     "stats": 2,
+    "versions": 2,
     "candidate": 3,
     "environment": 3,
     "attention": 4,

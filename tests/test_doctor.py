@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from evalkit import cli, doctor, kv
+from evalkit import cli, doctor, environment, kv
 from evalkit.attention import backends
 from evalkit.attention.backends.base import Backend
 from evalkit.attention.backends.base import backends as table
 from evalkit.attention.indexer import SCORERS
 from evalkit.doctor import Finding
 from evalkit.kv import RowFormat
+from evalkit.versions import TESTED
 
 CPU = torch.device("cpu")
 
@@ -132,6 +135,60 @@ def test_index_scores_that_are_wrong_fail(monkeypatch: pytest.MonkeyPatch) -> No
     ] * len(kv.index.names())
     monkeypatch.setattr(exact, "scores", lambda *given: real(*given) * 1.0001)
     assert all(f.failed and not f.broken for f in examine() if f.of_keys)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, modules: set[str], versions: dict[str, str]) -> None:
+    """This machine, as if it had those packages and no others."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in modules else None)
+    monkeypatch.setattr(environment, "version_of", versions.get)
+    monkeypatch.setattr(doctor, "LIBRARIES", {"FlashMLA": lambda: Path("a.so"), "DeepGEMM": lambda: None})
+
+
+def test_packages_are_found_with_their_versions_and_kernel_libraries_with_that_of_what_ships_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed(
+        monkeypatch,
+        {"torch", "lm_eval", "vllm"},
+        {"torch": "2.13.0+cpu", "lm-eval": "0.4.13", "vLLM": "0.33.0"},
+    )
+    found = {package.tested.name: package.words for package in doctor.packages()}
+    assert found == {
+        "torch": "2.13.0+cpu", "triton": "not installed", "transformers": "not installed", "lm-eval": "0.4.13",
+        "flashinfer-python": "not installed", "vLLM": "0.33.0", "FlashMLA": "in vLLM 0.33.0",
+        "DeepGEMM": "not installed",
+    }  # fmt: skip
+    assert not any(package.warning for package in doctor.packages())
+
+
+def test_a_kernel_library_whose_version_nothing_says_is_found_and_not_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed(monkeypatch, {"vllm"}, {})
+    found = {package.tested.name: package for package in doctor.packages()}
+    assert found["vLLM"].words == found["FlashMLA"].words == "found, version unknown"
+    assert found["FlashMLA"].warning is None
+
+
+def test_doctor_lists_packages_within_80_columns_and_warns_of_each_that_was_not_tested(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    installed(monkeypatch, {"torch", "vllm"}, {"torch": "2.99.0.dev20261130+cu130", "vLLM": "0.25.1"})
+    monkeypatch.setattr(doctor, "examine", lambda *_, check: [])
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["doctor", "--no-check"])
+    assert caught.value.code == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        f"warning: torch 2.99.0.dev20261130+cu130 is newer than {TESTED[0].newest}, the newest tested",
+        "warning: vLLM 0.25.1 is older than 0.33.0, the oldest tested",
+        "warning: FlashMLA of vLLM 0.25.1 is older than 0.33.0, the oldest tested",
+    ]
+    lines = [*out.splitlines(), *err.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert ["package", "found", "tested", "from", "to"] in [line.split() for line in lines]
+    assert ["FlashMLA", "in", "vLLM", "0.25.1", "0.33.0", "0.33.0"] in [line.split() for line in lines]
 
 
 @pytest.mark.gpu

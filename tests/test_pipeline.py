@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from evalkit import cli, environment, pipeline, prepare
+from evalkit import cli, environment, pipeline, prepare, versions
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS, calibration_documents
@@ -113,7 +114,10 @@ def test_every_stage_is_recorded_in_its_order(run: RunDirectory):
 
 def test_records_of_every_kind_are_there_for_every_candidate(run: RunDirectory):
     records = run.read()
-    assert len(only(records, EnvironmentRecord)) == 1
+    (where,) = only(records, EnvironmentRecord)
+    assert where.packages.keys() >= {"torch", "transformers", "lm_eval"}
+    assert ("triton" in where.packages) == environment.has_triton()
+    assert where.untested == versions.untested(where.packages)
     for kind in (CandidateRecord, LayerRecord, SelectionRecord, TokenRecord, TaskRecord):
         assert list(dict.fromkeys(r.candidate for r in only(records, kind))) == CANDIDATES, kind
     scaled = [name for name in CANDIDATES if ":" in name]
@@ -238,6 +242,41 @@ def write_then_die(self, record):
 records.RecordWriter.write = write_then_die
 pipeline.run(RunConfig.from_json(records.RunDirectory(path).config), path)
 """
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        ({"torch": "2.13.0"}, {"torch": "2.13.0"}, None),
+        ({"torch": "2.13.0"}, {"torch": "2.14.1"}, "was begun with torch 2.13.0, here it is 2.14.1"),
+        ({"torch": "2.13.0"}, {"torch": "2.13.0", "vllm": "1"}, "was begun with vllm None, here it is 1"),
+        ({"torch": "2.13.0"}, {"torch": "2.13.0", "triton": "1"}, "was begun with triton None, here it is 1"),
+    ],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_goes_on_with_the_packages_that_it_recorded(
+    then: dict[str, str],
+    now: dict[str, str],
+    said: str | None,
+    old: bool,
+    run: RunDirectory,
+    config: RunConfig,
+    tmp_path: Path,
+):
+    """An old run recorded no triton, which may have been there."""
+    (record,) = only(run.read(), EnvironmentRecord)
+    begun = RunDirectory.create(tmp_path, "begun", config.to_json(), "evalkit run")
+    with begun.stage("environment") as write:
+        write.write(replace(record, packages=then, untested=None if old else []))
+    if old:
+        path = begun.path / "records.jsonl"
+        path.write_text(path.read_text().replace(', "untested": null', ""))
+    prepared: Any = SimpleNamespace(candidates=[], policy=None, ranges=[])
+    refused = (
+        pytest.raises(InputError, match=said) if said and not (old and "triton" in said) else nullcontext()
+    )
+    with refused:
+        pipeline._refuse_other(begun, replace(record, packages=now, untested=[]), prepared)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def doctor(
 ) -> None:
     """Say what each backend can read here and prove it, and why not where it cannot.
 
+    Packages come first: found, tested from, tested to. A line on stderr names each whose version was not tested.
     Exits with 70 where a self-check fails.
 
     Example: evalkit doctor --heads 16 --topk 512
@@ -74,6 +75,14 @@ def doctor(
     print(
         f"torch {torch.__version__} on {environment.gpu_name(str(device)) or 'CPU'}, {os.cpu_count()} cores"
     )
+    found = doctor.packages()
+    table = Table("package", "found", "tested from", "to", box=None, padding=(0, 2, 0, 0))
+    for package in found:
+        table.add_row(package.tested.name, package.words, package.tested.oldest, package.tested.newest)
+    Console().print(table)
+    for package in found:
+        if package.warning is not None:
+            print(f"warning: {package.warning}", file=sys.stderr)
     if check and device.type == "cuda":
         print("kernels compile at their first use, up to 20 s each; --no-check skips that", file=sys.stderr)
     environment.exact_numerics()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from evalkit import versions
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.policy import Policy, PrimaryEndpoint
 from evalkit.gate.words import Check, Verdict
@@ -9,7 +10,7 @@ from evalkit.records import CandidateRecord
 
 # Other differences between two runs are noted and decide nothing.
 DECIDING = ("checkpoint_sha256", "gpu", "dtype", "flags")
-NOTED = ("commit", "python", "packages")
+NOTED = ("commit", "python")  # and packages
 # And whether it decides: documents depend on their number and on the seed.
 SAME_SETTINGS = {"profile": True, "engine": True, "seed": True, "task_documents": True, "batch_size": False}
 SAME_DOCUMENTS = "The same task, documents and task files in both runs."
@@ -80,6 +81,8 @@ def differences(run: Evidence, other: Evidence) -> Iterator[tuple[str, bool]]:
                     yield f"{key}: {there.get(key)} there, {here.get(key)} here", name in DECIDING
         elif here != there:
             yield f"{name}: {there} there, {here} here", name in DECIDING
+    for name, there, here in versions.changed(other.environment, run.environment):
+        yield f"{name}: {there} there, {here} here", False
     for name, decides in SAME_SETTINGS.items():
         here, there = (place.config.get(name, EARLIER.get(name)) for place in (run, other))
         if here != there:

@@ -413,6 +413,7 @@ def environment(records: Sequence[Record]) -> Table:
             ("commit", r.commit or "not a checkout"),
             ("Python", r.python),
             ("packages", ", ".join(f"{name} {version}" for name, version in r.packages.items())),
+            *([("packages untested", "; ".join(r.untested))] if r.untested else []),
             ("numerics", ", ".join(f"{name} = {value}" for name, value in r.flags.items())),
         ]
     rows += [(f"stage {stage.stage}", f"{stage.wall_s:.1f} s") for stage in only(records, StageRecord)]

@@ -3,7 +3,15 @@ from dataclasses import replace
 
 import pytest
 
-from evalkit.records import CandidateRecord, LayerRecord, RunDirectory, TaskRecord, TokenRecord, only
+from evalkit.records import (
+    CandidateRecord,
+    EnvironmentRecord,
+    LayerRecord,
+    RunDirectory,
+    TaskRecord,
+    TokenRecord,
+    only,
+)
 from evalkit.report import tables
 from tests.report.conftest import CANDIDATES, layer_record
 
@@ -79,6 +87,14 @@ def test_rows_are_as_wide_as_their_heading(make, run: RunDirectory):
     assert table.rows
     assert {len(row) for row in table.rows} == {len(table.columns)}
     assert make([]).rows == ()
+
+
+def test_packages_of_versions_that_were_not_tested_are_named_where_there_are_any(run: RunDirectory):
+    (record,) = only(run.read(), EnvironmentRecord)
+    line = "torch 2.16.0 is newer than 2.14, the newest tested"
+    for untested, rows in ((None, []), ([], []), ([line], [("packages untested", line)])):
+        found = tables.environment([replace(record, untested=untested)]).rows
+        assert [row for row in found if row[0] == "packages untested"] == rows
 
 
 def test_a_number_that_does_not_exist_reads_na(run: RunDirectory):

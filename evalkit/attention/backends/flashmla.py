@@ -43,7 +43,7 @@ class FlashMLA(BF16Operands):
             return f"FlashMLA takes at most 128 heads a rank, the model has {heads}"
         if device.type != "cuda":
             return f"FlashMLA needs an NVIDIA GPU, the device is {device.type}"
-        if _library() is None:
+        if library() is None:
             return "vLLM's FlashMLA library (vllm/_flashmla_C.abi3.so) is not installed (pip install vllm)"
         major, minor = torch.cuda.get_device_capability(device)
         if major != 9:
@@ -145,7 +145,8 @@ def _processors(device: torch.device) -> int:
 
 
 @once
-def _library() -> Path | None:
+def library() -> Path | None:
+    """The shared object within vLLM's package; None where there is none."""
     spec = importlib.util.find_spec("vllm")
     for place in (spec.submodule_search_locations or []) if spec else []:
         for file in Path(place).glob("_flashmla_C*.so"):
@@ -155,5 +156,5 @@ def _library() -> Path | None:
 
 @once
 def _ops() -> Any:
-    torch.ops.load_library(str(_library()))
+    torch.ops.load_library(str(library()))
     return torch.ops._flashmla_C

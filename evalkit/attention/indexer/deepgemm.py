@@ -74,28 +74,29 @@ class DeepGemm(Scorer):
 @once
 def _missing() -> str | None:
     """Why the operator cannot be called, or None once it is loaded."""
-    folder = _folder()
+    folder = library()
     if folder is None:
         return "vLLM's DeepGEMM (vllm/third_party/deep_gemm/_C_extension*.so) is not installed (pip install vllm)"
     try:
         torch.ops.load_library(str(next(folder.glob("_C_extension*.so"))))
     except OSError as error:
         return f"vLLM's DeepGEMM does not load with torch {torch.__version__}: {error}"
-    library: Any = torch.ops.deep_gemm
-    if not hasattr(library, "fp8_fp4_mqa_logits"):
+    operators: Any = torch.ops.deep_gemm
+    if not hasattr(operators, "fp8_fp4_mqa_logits"):
         return "vLLM's DeepGEMM has no operator fp8_fp4_mqa_logits: version 0.33.0 has"
-    schema = library.fp8_fp4_mqa_logits.default._schema
+    schema = operators.fp8_fp4_mqa_logits.default._schema
     arguments = [argument.name for argument in schema.arguments]
     if arguments != ARGUMENTS:
         return (
             f"DeepGEMM's fp8_fp4_mqa_logits takes {', '.join(arguments)}: other arguments than vLLM 0.33.0's"
         )
-    library.init(str(folder))  # where its kernels' sources are
-    atexit.register(library.shutdown)  # its handles must go before CUDA does
+    operators.init(str(folder))  # where its kernels' sources are
+    atexit.register(operators.shutdown)  # its handles must go before CUDA does
     return None
 
 
-def _folder() -> Path | None:
+def library() -> Path | None:
+    """The folder within vLLM's package that holds the shared object and its kernels' sources; None where there is none."""
     spec = importlib.util.find_spec("vllm")
     for place in (spec.submodule_search_locations or []) if spec else []:
         folder = Path(place, "third_party", "deep_gemm")
