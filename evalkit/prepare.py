@@ -221,7 +221,7 @@ def _arms(scorer: Scorer, policy: Policy | None, documents: int) -> list[Arm]:
         return scorer.arms(None)
     if told := beforehand.unplanned(policy, documents):
         print(told, file=sys.stderr)
-    return scorer.arms(policy.damage.noise)
+    return scorer.arms(policy.damage.noise, tuple(dict.fromkeys(one.task for one in policy.endpoints)))
 
 
 def _refuse_twice(candidates: Sequence[Candidate], requested: Sequence[str]) -> None:

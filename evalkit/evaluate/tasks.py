@@ -122,7 +122,14 @@ def task_records(
 
 
 def run_tasks(
-    lm: LM, names: Sequence[str], documents: int, seed: int, *, candidate: str, data: Path | None = None
+    lm: LM,
+    names: Sequence[str],
+    documents: int,
+    seed: int,
+    *,
+    candidate: str,
+    data: Path | None = None,
+    only: Sequence[str] = (),
 ) -> list[TaskRun]:
     """Score `documents` documents of each task (groups and tags count as their tasks), one task after the other.
 
@@ -136,6 +143,7 @@ def run_tasks(
         seed: for generated documents.
         candidate: the name its samples carry.
         data: the folder of tasks that read files.
+        only: of the tasks that `names` stand for, those to score; empty scores all.
 
     Raises:
         InputError: an unknown task, fewer documents than asked for, or a metric that is no number for a document.
@@ -146,7 +154,9 @@ def run_tasks(
     tasks = load_tasks(tuple(names), documents, seed, data)
     for task in tasks:
         task.set_fewshot_seed(seed=seed)  # drawn examples, too, are the same for every candidate
-    return [_run(lm, task, documents, candidate) for task in tasks]
+    return [
+        _run(lm, task, documents, candidate) for task in tasks if not only or task.task_name in only
+    ]
 
 
 @lru_cache(maxsize=4)

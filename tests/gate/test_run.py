@@ -42,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     policy.write_text(text.replace('"fp8_e4m3:calibrated", ', ""))
     return RunConfig(
         checkpoint=str(directory), device="cpu", candidates=("bf16", "fp8_ds_mla"), layers_prompt_tokens=96,
-        layers_decode_tokens=2, tasks=("evalkit_needle_1024",), task_documents=2, batch_size=2, policy=str(policy),
+        layers_decode_tokens=2, tasks=("evalkit_multi_key_384", "evalkit_needle_1024"), task_documents=2, batch_size=2, policy=str(policy),
         out=tmp_path_factory.mktemp("out") / "runs",
     )  # fmt: skip
 
@@ -71,14 +71,24 @@ def test_damage_is_planted_into_the_baseline_on_the_same_documents(run: Path, co
     evidence = Evidence.read(run)
     whole, arm = evidence.damaged("bf16@reference", noise)
     assert (whole, arm) == ("bf16@reference", damage_arm("bf16@reference", noise))
+    asked = [s for s in evidence.samples if s.task == "evalkit_needle_1024"]
     prompts = [
-        [s.prompt_sha256 for s in evidence.samples if s.candidate == name]
+        [s.prompt_sha256 for s in asked if s.candidate == name]
         for name in (whole, arm, "fp8_ds_mla@reference")
     ]
     assert prompts[0] == prompts[1] == prompts[2]
-    answers = [[s.response for s in evidence.samples if s.candidate == name] for name in (whole, arm)]
+    answers = [[s.response for s in asked if s.candidate == name] for name in (whole, arm)]
     assert answers[0] != answers[1]
     assert all(s.generated_tokens is not None and s.truncated is not None for s in evidence.samples)
+
+
+def test_damage_is_scored_on_the_tasks_of_the_endpoints_alone(run: Path):
+    arms: dict[str, set[str]] = {}
+    for sample in Evidence.read(run).samples:
+        arms.setdefault(sample.candidate, set()).add(sample.task)
+    endpoint, every = {"evalkit_needle_1024"}, {"evalkit_needle_1024", "evalkit_multi_key_384"}
+    assert len(arms) == 4
+    assert all(tasks == (endpoint if "rows times" in name else every) for name, tasks in arms.items())
 
 
 def test_a_random_model_is_anomalous_for_its_answers_never_end(run: Path, config: RunConfig):

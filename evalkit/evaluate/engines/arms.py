@@ -16,6 +16,7 @@ class Arm:
     name: what its samples carry. batch_size: sequences that decode together, at most. against: the arm that it is
     paired with. damage: see `evalkit.evaluate.damage`. start: which fresh start of its candidate it is, from 1; 0 of an
     arm that differs in more than that. shows_layers: whether a serving engine shows its layers; else its logits alone.
+    tasks: names of the only tasks that it answers; empty where it answers all.
     """
 
     name: str
@@ -25,12 +26,20 @@ class Arm:
     damage: float = 0.0
     start: int = 0
     shows_layers: bool = False
+    tasks: tuple[str, ...] = ()
 
 
 def arms_of(
-    candidates: Sequence[Candidate], batch_size: int, documents: int, damage: float | None
+    candidates: Sequence[Candidate],
+    batch_size: int,
+    documents: int,
+    damage: float | None,
+    endpoints: tuple[str, ...] = (),
 ) -> list[Arm]:
-    """The baseline in batches of half the size, the baseline, planted damage where a policy asks for it, the others."""
+    """The baseline in batches of half the size, the baseline, planted damage where a policy asks for it, the others.
+
+    endpoints: the tasks that damage has to show on; it is planted in no other.
+    """
     baseline, *others = candidates
     size = max(1, min(batch_size, documents) // 2)  # of what is decoded together, documents permitting
     control = Arm(name=control_arm(str(baseline), size), candidate=baseline, batch_size=size)
@@ -38,7 +47,7 @@ def arms_of(
     found = [control, replace(first, against=control.name)]
     if damage is not None:
         name = damage_arm(str(baseline), damage)
-        found.append(Arm(name=name, candidate=baseline, batch_size=batch_size, damage=damage))
+        found.append(Arm(name=name, candidate=baseline, batch_size=batch_size, damage=damage, tasks=endpoints))
     return found + [replace(first, name=str(other), candidate=other, against=first.name) for other in others]
 
 

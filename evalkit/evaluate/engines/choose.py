@@ -40,8 +40,11 @@ class Scorer(Protocol):
     def topk(self) -> int:
         """Keys that the indexer selects."""
 
-    def arms(self, damage: float | None) -> list[Arm]:
-        """Every pass, in an order in which each comes after what it is paired with."""
+    def arms(self, damage: float | None, endpoints: tuple[str, ...] = ()) -> list[Arm]:
+        """Every pass, in an order in which each comes after what it is paired with.
+
+        damage: what a policy plants, on the tasks of its `endpoints`; None plants none.
+        """
 
     def lm(self, arm: Arm, run: Path) -> AbstractContextManager[EvalkitLM]:
         """What `run_tasks` asks."""
@@ -74,8 +77,8 @@ class NativeScorer:
     def topk(self) -> int:
         return int(self.model.config.index_topk)
 
-    def arms(self, damage: float | None) -> list[Arm]:
-        return arms_of(self.candidates, self.batch_size, self.documents, damage)
+    def arms(self, damage: float | None, endpoints: tuple[str, ...] = ()) -> list[Arm]:
+        return arms_of(self.candidates, self.batch_size, self.documents, damage, endpoints)
 
     @contextmanager
     def lm(self, arm: Arm, run: Path) -> Iterator[EvalkitLM]:

@@ -74,9 +74,9 @@ class VllmScorer(Served):
             extra={"max_num_batched_tokens": piece} if piece > IN_ONE_PIECE else {},
         )
 
-    def arms(self, damage: float | None) -> list[Arm]:
+    def arms(self, damage: float | None, endpoints: tuple[str, ...] = ()) -> list[Arm]:
         """Every candidate starts afresh several times: batching and start order leave a spread."""
-        first = super().arms(damage)
+        first = super().arms(damage, endpoints)
         return first + starts_of(first, self.config.engine_starts)
 
     def rooms(self) -> list[list[Gpus]]:

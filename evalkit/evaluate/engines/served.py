@@ -91,7 +91,7 @@ class Served(ABC):
     def refuse_mixed(self, folder: Path) -> None:
         """Refuse, whenever an arm's engines have ended, engines in a run's folder whose numbers would not compare."""
 
-    def arms(self, damage: float | None) -> list[Arm]:
+    def arms(self, damage: float | None, endpoints: tuple[str, ...] = ()) -> list[Arm]:
         """As of this project's own engine; but rows of a serving engine cannot be damaged."""
         if damage is not None:
             print(
