@@ -301,6 +301,7 @@ def test_a_model_runs_on_it_and_its_rounding_is_the_kernel_gap(make_model: Any) 
     assert exact == 0
 
 
+@pytest.mark.slow
 def test_the_triton_kernel_agrees_with_torch_under_its_interpreter() -> None:
     interpret("tests.attention.sm100_triton")
 

@@ -13,6 +13,7 @@ from evalkit.kv import ReadScale, Scales
 from tests.interpreter import interpret
 
 
+@pytest.mark.slow
 def test_the_kernels_agree_with_torch_under_tritons_interpreter() -> None:
     interpret("tests.attention.packing_triton")
 

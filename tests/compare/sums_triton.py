@@ -10,7 +10,7 @@ SHAPES = ((3, 64), (5, 700), (2, 5000), (40, 1), (5, 9000))
 
 
 def check(device: str) -> None:
-    for shape in SHAPES:
+    for number, shape in enumerate(SHAPES):
         draw = torch.Generator().manual_seed(shape[1])
         ref = torch.randn(shape, generator=draw) * torch.logspace(-4, 3, shape[0])[:, None]
         got = ref + 1e-2 * torch.randn(shape, generator=draw) * ref
@@ -18,7 +18,10 @@ def check(device: str) -> None:
         keep = torch.rand(shape, generator=draw) < 0.6
         keep[-1] = False
         twice = torch.cat([ref, ref], 1)[:, shape[1] :]  # rows that lie apart
-        for pair in ((got, ref), (got.bfloat16(), ref), (got.double(), twice)):
+        pairs = [(got, ref), (got.bfloat16(), ref), (got.double(), twice)]
+        if device == "cpu" and number > 1:  # an interpreted pass takes seconds
+            pairs = [pairs[number % 3]]
+        for pair in pairs:
             for mask in (None, keep):
                 one, other = (x.to(device) for x in pair)
                 compare(one, other, None if mask is None else mask.to(device))

@@ -9,6 +9,7 @@ from evalkit.compare.metrics import Accumulator
 from tests.interpreter import interpret
 
 
+@pytest.mark.slow
 def test_the_kernel_adds_what_torch_adds_where_triton_is_interpreted() -> None:
     interpret("tests.compare.sums_triton")
 
