@@ -232,7 +232,7 @@ def score_tasks(directory: RunDirectory, prepared: Prepared) -> None:
                 write.write(proved)
             before = [] if arm.against is None else read_samples(directory.path, arm.against)
             asked = (config.tasks, config.task_documents, config.seed)
-            for scored in run_tasks(lm, *asked, candidate=arm.name, data=config.data):
+            for scored in run_tasks(lm, *asked, candidate=arm.name, data=config.data, only=arm.tasks):
                 for sample in scored.samples:
                     write.write(sample)
                 if arm.against is not None:
