@@ -84,7 +84,8 @@ class RunConfig:
         engine_python: the interpreter of vLLM's environment; None is this one.
         engine_starts: fresh engines of each candidate, on the same documents; samples of each are kept apart.
         endpoint: the server of each candidate, in their order.
-        gpus: names of the GPUs that engines may take, one engine beside the other; empty takes all.
+        gpus: names of the GPUs that engines may take, one engine beside the other; a name that is given several times
+            takes as many engines at once; empty takes all, an engine each.
         tensor_parallel: GPUs that each layer is cut over.
         pipeline_parallel: GPUs that the layers are spread over.
         data_parallel: engines of one candidate, each with its share of the documents.

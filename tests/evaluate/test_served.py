@@ -287,6 +287,7 @@ def test_an_engine_that_cannot_start_ends_the_run_in_one_line(stand_in, settings
         ({"engine": "vllm", "candidates": "fp8_e4m3:calibrated"}, "no scales are found on engine=vllm"),
         ({"engine": "vllm", "candidates": "bf16,auto@flashmla"}, "candidates name bf16@flashmla twice"),
         ({"engine": "vllm", "gpus": "0,1,2", "tensor_parallel": "2", "data_parallel": "2"}, "= 4 GPUs, there are 3"),
+        ({"engine": "vllm", "gpus": "0,0", "tensor_parallel": "2"}, "gpus names 0 twice for one engine"),
         ({"engine": "native", "candidates": BASELINE}, "flash_attn"),
         ({"engine": "endpoint", "endpoint": "http://a", "candidates": "bf16,fp8_ds_mla"}, "names 1 servers, candidates are bf16, fp8_ds_mla"),
         ({"engine": "endpoint", "endpoint": "http://a", "candidates": "fp8_ds_mla"}, "candidates are bf16, fp8_ds_mla"),
@@ -320,6 +321,17 @@ def test_gpus_are_shared_out_to_arms_and_their_engines(small, sizes, rooms, monk
     scorer = VllmScorer(config, small, ["bf16"])
     assert scorer.rooms() == rooms
     assert scorer.launch(scorer.candidates[0], 64).max_length == 1024
+
+
+def test_a_gpu_that_is_named_several_times_takes_as_many_engines_at_once(small):
+    """Each is told how much its cache may take, since vLLM cannot measure what is free while another one starts."""
+    config = RunConfig(engine="vllm", stages=("tasks",), tasks=(TASK,), task_documents=1, gpus=("0", "0", "1"))
+    scorer = VllmScorer(config, small, ["bf16"])
+    assert scorer.rooms() == [[("0",)], [("0",)], [("1",)]]
+    shared, alone = (scorer.launch(scorer.candidates[0], 64, (gpu,)) for gpu in "01")
+    assert (alone.shared, alone.cache_bytes) == (False, None)
+    assert shared.cache_bytes == 64 * (1024 + 64) * (1152 + 132)  # of one layer
+    assert shared.fingerprint == alone.fingerprint
 
 
 @pytest.fixture

@@ -85,6 +85,8 @@ def _arguments(launch: dict[str, Any], backend: str, repaired: bool) -> dict[str
         "enable_prefix_caching": False,  # a cached prefix changes what a prompt's batches look like
         "seed": launch["seed"],
     }
+    if launch["shared"]:
+        wanted["kv_cache_memory_bytes"] = launch["cache_bytes"]
     if launch["tensor_parallel"] > 1:
         wanted["tensor_parallel_size"] = launch["tensor_parallel"]
     if launch["pipeline_parallel"] > 1:

@@ -26,6 +26,9 @@ CACHE_DTYPES = {
     "fp8_ds_mla": "fp8_ds_mla",
     "nvfp4_ds_mla": "nvfp4_ds_mla",
 }
+# Where an engine runs, which does not decide what it answers.
+PLACE = ("gpus", "memory_share", "shared", "cache_bytes")
+BLOCK = 64  # tokens of a block of vLLM's cache
 # Read by vLLM when it is imported: one process for engine and caller, so that hooks reach the model; functions may be
 # sent to it where there are more; no sampler that compiles at the first token; nothing is fetched.
 ENVIRONMENT = {
@@ -51,6 +54,8 @@ class Launch:
     max_length: vLLM's `max_model_len`.
     sequences: vLLM's `max_num_seqs`, what runs together at most.
     memory_share: of the GPU's memory, vLLM's `gpu_memory_utilization`.
+    shared: whether other engines run on the same GPU. Its cache then holds what `sequences` take at most, since vLLM
+        cannot measure what memory is free while another engine takes or frees some.
     gpus: CUDA_VISIBLE_DEVICES, by number or name; empty leaves it as it is.
     force_stored: newer versions attend prompts up to top-k densely, past the cache; true has them read it.
     extra: further arguments of vLLM's `LLM`, which win.
@@ -69,6 +74,7 @@ class Launch:
     expert_parallel: bool = False
     sequences: int = 64
     memory_share: float = 0.8
+    shared: bool = False
     gpus: tuple[int | str, ...] = ()
     force_stored: bool = False
     seed: int = 0
@@ -94,17 +100,28 @@ class Launch:
         """Bytes a token that this candidate's cache has to show."""
         return int(kv.get(self.format).row_bytes)
 
+    @property
+    def cache_bytes(self) -> int | None:
+        """vLLM's `kv_cache_memory_bytes` of each GPU where it is shared: rows and indexer keys of all sequences."""
+        if not self.shared:
+            return None
+        layers = int(json.loads((self.checkpoint / "config.json").read_text())["num_hidden_layers"])
+        keys = kv.index.get(kv.index.OPTIONS["fp8"]).key_bytes
+        blocks = self.sequences * (-(-self.max_length // BLOCK) + 1)
+        return layers * blocks * BLOCK * (self.row_bytes + keys)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
             "checkpoint": str(self.checkpoint),
+            "cache_bytes": self.cache_bytes,
             "scales": {str(layer): scale for layer, scale in self.scales.items()},
             "row_bytes": self.row_bytes,
         }
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides what is answered: not the GPUs it runs on, nor its share of their memory."""
-        values = {key: value for key, value in self.to_json().items() if key not in ("gpus", "memory_share")}
+        """Of all that decides what is answered: not the GPUs it runs on, nor what it takes of their memory."""
+        values = {key: value for key, value in self.to_json().items() if key not in PLACE}
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

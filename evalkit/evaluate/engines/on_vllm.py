@@ -69,6 +69,7 @@ class VllmScorer(Served):
             expert_parallel=config.expert_parallel,
             sequences=sequences,
             memory_share=config.memory_share,
+            shared=any(self.config.gpus.count(gpu) > 1 for gpu in gpus),
             gpus=gpus,
             seed=config.seed,
             extra={"max_num_batched_tokens": piece} if piece > IN_ONE_PIECE else {},
@@ -90,6 +91,11 @@ class VllmScorer(Served):
                 f"data_parallel {config.data_parallel} = {each * config.data_parallel} GPUs, there are {len(named)}"
             )
         groups = [tuple(named[at : at + each]) for at in range(0, len(named) - each + 1, each)]
+        if twice := next((gpu for group in groups for gpu in group if group.count(gpu) > 1), None):
+            raise InputError(
+                f"gpus names {twice} twice for one engine of tensor_parallel {config.tensor_parallel} x pipeline_parallel "
+                f"{config.pipeline_parallel} GPUs: name GPUs that differ one after the other"
+            )
         rooms = range(0, len(groups) - config.data_parallel + 1, config.data_parallel)
         return [groups[at : at + config.data_parallel] for at in rooms]
 
