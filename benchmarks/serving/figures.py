@@ -187,7 +187,6 @@ def proof_line(proof: dict[str, Any]) -> str:
     return (
         f"vLLM {proof['vllm']}, {first['backend']}, {first['row_bytes']} bytes a token ({first['cache_dtype']}), "
         f"k_scale {sorted({layer['k_scale'] for layer in proof['layers']})}, start {proof['start_s']:.1f} s"
-        + "".join(f"; repaired: {one}" for one in proof["repairs"])
     )
 
 

@@ -128,7 +128,6 @@ class VllmScorer(Served):
     def _notes(self, proof: dict[str, Any]) -> Iterator[str]:
         scales = [one["k_scale"] for one in proof["layers"]]
         yield f"k_scale {min(scales):.3g} to {max(scales):.3g} over {len(scales)} layers, as vLLM says"
-        yield from (f"repaired: {one}" for one in proof["repairs"])
         if dense := proof.get("dense_prefill_tokens"):
             yield f"a step whose prompts have at most {dense} tokens attends past the cache"
         for key in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
