@@ -297,7 +297,9 @@ def _scales(
     if candidate.scales == "checkpoint":
         return kv.from_checkpoint(checkpoint)
     if candidate.scales == "calibrated" and model.evalkit.weights is None:
-        return calibrate(model, calibration, kv.get(candidate.format))
+        passes = int(model.config.num_hidden_layers) * len(calibration)
+        with progress(f"scales of {candidate}", passes) as advance:
+            return calibrate(model, calibration, kv.get(candidate.format), advance)
     return {}
 
 

@@ -24,6 +24,7 @@ from evalkit.evaluate.engines.timing import Call, StepTime, step_time
 from evalkit.evaluate.lm import Coverage, EvalkitLM
 from evalkit.evaluate.transcripts import transcript
 from evalkit.gate.beforehand import Scored
+from evalkit.progress import progress
 from evalkit.records import SampleRecord, TaskRecord
 from evalkit.shipped import tasks_dir
 from evalkit.stats import paired
@@ -330,10 +331,12 @@ def _quiet_lm_eval() -> Iterator[None]:
 
 def refuse_long_prompts(lm: EvalkitLM, tasks: Sequence[Task], documents: int) -> None:
     """Raise InputError where a prompt and what it may generate do not fit the model; nothing is scored."""
-    for task in tasks:
-        with _quiet_lm_eval():
-            task.build_all_requests(limit=documents, rank=0, world_size=1)
-        lm.check([request for request in task.instances if request.request_type == "generate_until"])
+    with progress("reading tasks", len(tasks)) as advance:
+        for task in tasks:
+            with _quiet_lm_eval():
+                task.build_all_requests(limit=documents, rank=0, world_size=1)
+            lm.check([request for request in task.instances if request.request_type == "generate_until"])
+            advance()
 
 
 def ask(lm: EvalkitLM, tasks: Sequence[Task], documents: int, seed: int) -> None:
