@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from benchmarks.serving import __main__ as serving
 from benchmarks.serving import layers, native
+from benchmarks.serving.plan import ARMS, FLOOR
 
 
 @pytest.fixture
@@ -41,12 +43,13 @@ def test_the_process_that_the_native_step_starts_runs_that_step_alone(run, monke
     started = []
     monkeypatch.setattr(subprocess, "run", lambda command, env, check: started.append((command, env)))
     run(*steps)
-    native.native_step(plan=None)
-    ((command, environment),) = started
-    assert command[:3] == [sys.executable, "-m", "benchmarks.serving"]
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert run(*command[4:]) == ["native"]
+    native.native_step(SimpleNamespace(at_once=2))
+    assert {environment[native.ARM] for _, environment in started} == set(ARMS) - {FLOOR}
+    for command, environment in started:
+        assert command[:3] == [sys.executable, "-m", "benchmarks.serving"]
+        monkeypatch.setenv(native.ARM, environment[native.ARM])
+        assert run(*command[4:]) == ["native"]
+        monkeypatch.delenv(native.ARM)
 
 
 def test_the_native_step_leaves_vllm_out_and_keeps_a_folder_of_libraries(run, monkeypatch, tmp_path):
@@ -56,8 +59,8 @@ def test_the_native_step_leaves_vllm_out_and_keeps_a_folder_of_libraries(run, mo
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'engine'}:{tmp_path / 'libraries'}")
     started = []
     monkeypatch.setattr(subprocess, "run", lambda command, env, check: started.append(env["PYTHONPATH"]))
-    native.native_step(plan=None)
-    assert started == [str(tmp_path / "libraries")]
+    native.native_step(SimpleNamespace(at_once=1))
+    assert set(started) == {str(tmp_path / "libraries")}
 
 
 def test_a_document_shown_again_tells_order_from_choice_and_both_from_values(tmp_path):

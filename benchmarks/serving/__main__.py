@@ -1,8 +1,9 @@
 """This project's own path against vLLM's: the same checkpoint, tokens and formats, in the serving engine and here.
 
-    PYTHONPATH=SITE python -m benchmarks.serving OUT --json serving.json
+    PYTHONPATH=SITE python -m benchmarks.serving OUT --checkpoint CHECKPOINT --json serving.json
 
-with vLLM in SITE (or installed) runs on one GPU, in steps that are skipped once their files are in OUT:
+with vLLM in SITE (or installed) runs on one GPU, in steps that are skipped once their files are in OUT. The checkpoint
+has to carry scales (`evalkit calibrate --into CHECKPOINT`), for the arm that stores rows at them:
 
     vllm       every arm in a vLLM of its own: answers to task documents, logits of forced text, layers
     native     the same documents on this project's path
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.figures import answers, proof_line, report_step
-from benchmarks.serving.native import native_step
+from benchmarks.serving.native import ARM, native_step
 from benchmarks.serving.plan import ARMS, BF16, FP8, Plan, say
 from evalkit.model.load import resolve_checkpoint
 
@@ -33,7 +34,10 @@ SIDE_BY_SIDE = 0.6
 
 
 def vllm_step(plan: Plan) -> None:
-    for arm in ARMS:
+    """Every arm in an engine of its own, `plan.at_once` of them at once."""
+    say(f"{len(plan.prompts)} prompts, {len(plan.forced)} documents")  # made before threads ask for them
+
+    def one(arm: str) -> None:
         folder = plan.out / "vllm" / arm
         began = time.perf_counter()
         with plan.engine(arm, folder) as engine:
@@ -43,11 +47,15 @@ def vllm_step(plan: Plan) -> None:
             say(f"{arm}: {len(plan.forced)} documents' logits after {time.perf_counter() - began:.1f} s")
             shown = plan.forced[: plan.layer_documents]
             # The first of them once more, by the same engine.
-            engine.keep([*shown, *shown[:1]], layers=True)
+            engine.keep([*shown, *shown[:1]], layers=True, operands=True)
             if engine.proof:
                 say(f"{arm}: " + proof_line(engine.proof))
         ids = {number: list(answer.ids) for number, answer in answers.items()}
         (folder / "texts.json").write_text(json.dumps(plan.texts(ids)))
+
+    with ThreadPoolExecutor(plan.at_once) as pool:
+        for future in [pool.submit(one, arm) for arm in ARMS]:
+            future.result()
 
 
 def two_gpus_step(plan: Plan) -> dict[str, Any]:
@@ -109,9 +117,12 @@ def main() -> None:
     parser.add_argument("--task-documents", type=int, default=64)
     parser.add_argument("--layer-documents", type=int, default=2)
     parser.add_argument("--device", help="of the native arms; default: the GPU where there is one")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="engines on one GPU at once, and arms of this project's own"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    inside = bool(os.environ.get("SERVING_NATIVE"))  # in the process that the step native starts
+    inside = ARM in os.environ  # in a process that the step native starts
     plan = Plan(
         args.out.resolve(),
         resolve_checkpoint(args.checkpoint).resolve(),
@@ -120,6 +131,7 @@ def main() -> None:
         args.task_documents,
         args.layer_documents,
         args.device,
+        args.at_once,
     )
     found: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for step in ["native"] if inside else args.step or STEPS:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from benchmarks.serving.layers import repeated
 from benchmarks.serving.native import write_rule
-from benchmarks.serving.plan import ARMS, BF16, FLOOR, FP8, TASK, TASK_LENGTH, Plan, say
+from benchmarks.serving.plan import ARMS, BF16, FLOOR, FP8_ARMS, TASK, TASK_LENGTH, Plan, say
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF
 
 WITHIN, RATIO = 3.0, (0.8, 1.25)
@@ -48,17 +48,26 @@ def report_step(plan: Plan) -> dict[str, Any]:
     vllm, native = plan.out / "vllm", plan.out / "native"
     floor = compared(plan, vllm / FLOOR, vllm / BF16)
     ours = compared(plan, native / BF16, vllm / BF16)
-    there, here = (
-        compared(plan, vllm / FP8, vllm / BF16),
-        compared(plan, native / FP8, native / BF16),
-    )
-    kl = {
-        "floor": mean(floor.kl),
-        "vllm_fp8": mean(there.kl),
-        "native_fp8": mean(here.kl),
-        "native_bf16_against_vllm": mean(ours.kl),
-    }
-    ratio = ratio_of(here.kl, there.kl)
+    kl = {"floor": mean(floor.kl), "native_bf16_against_vllm": mean(ours.kl)}
+    contexts = {"below top-k": slice(0, plan.topk), "above top-k": slice(plan.topk, None)}
+    divergences = []
+    for arm in FP8_ARMS:
+        there = compared(plan, vllm / arm, vllm / BF16)
+        here = compared(plan, native / arm, native / BF16)
+        divergences.append(
+            {"arm": arm, "vllm_nats": mean(there.kl), "native_nats": mean(here.kl)}
+            | ratio_of(here.kl, there.kl)
+            | {
+                "by_context": {
+                    name: ratio_of([one[part] for one in here.kl], [one[part] for one in there.kl])
+                    for name, part in contexts.items()
+                },
+                "by_document": {
+                    name: [float(one.mean()) for one in source.kl]
+                    for name, source in (("native", here), ("vllm", there))
+                },
+            }
+        )
     found: dict[str, Any] = {
         "plan": {
             "documents": plan.documents,
@@ -68,24 +77,10 @@ def report_step(plan: Plan) -> dict[str, Any]:
         },
         "proof": {arm: json.loads((vllm / arm / PROOF).read_text()) for arm in ARMS},
         "tasks": task_table(plan),
-        "logprobs": [
-            multiple_row("below top-k", ours, floor, slice(0, plan.topk)),
-            multiple_row("above top-k", ours, floor, slice(plan.topk, None)),
-        ],
+        "logprobs": [multiple_row(name, ours, floor, part) for name, part in contexts.items()],
         "kl_nats": kl,
-        "kl_ratio": ratio,
-        "kl_by_document": {
-            name: [float(one.mean()) for one in source.kl]
-            for name, source in (("native", here), ("vllm", there))
-        },
-        "kl_ratio_by_context": {
-            name: ratio_of([one[part] for one in here.kl], [one[part] for one in there.kl])
-            for name, part in (
-                ("below top-k", slice(0, plan.topk)),
-                ("above top-k", slice(plan.topk, None)),
-            )
-        },
-        "layers": {arm: json.loads((native / arm / "layers.json").read_text()) for arm in (BF16, FP8)},
+        "kl_ratios": divergences,
+        "layers": {arm: json.loads((native / arm / "layers.json").read_text()) for arm in (BF16, *FP8_ARMS)},
         "repeated": {arm: repeated(vllm / arm, plan.layer_documents) for arm in ARMS},
     }
     show(found)
@@ -115,7 +110,7 @@ def task_table(plan: Plan) -> list[dict[str, Any]]:
     targets = [target.strip().rstrip(".") for _, target in plan.questions]
     reference = json.loads((plan.out / "vllm" / BF16 / "texts.json").read_text())
     rows = []
-    for where, arms in (("vllm", ARMS), ("native", (BF16, FP8))):
+    for where, arms in (("vllm", ARMS), ("native", (BF16, *FP8_ARMS))):
         for arm in arms:
             texts = json.loads((plan.out / where / arm / "texts.json").read_text())
             rows.append(
@@ -139,7 +134,7 @@ def show(found: dict[str, Any]) -> None:
     say(f"\n{TASK}, {TASK_LENGTH} tokens: share right, share answered as vLLM's {BF16}")
     for row in found["tasks"]:
         say(
-            f"  {row['engine']:7} {row['arm']:22} {row['right']:.3f}  {row['as_vllm_bf16']:.3f}  n {row['n']}"
+            f"  {row['engine']:7} {row['arm']:31} {row['right']:.3f}  {row['as_vllm_bf16']:.3f}  n {row['n']}"
         )
     say(f"\n|Δ log-probability| of native bf16+index=fp8 from vLLM's {BF16}; want at most {WITHIN} floors")
     for row in found["logprobs"]:
@@ -149,14 +144,15 @@ def show(found: dict[str, Any]) -> None:
             f"{row['ratio']:.2f} (90 % {row['low']:.2f} to {row['high']:.2f})  {fine}"
         )
     say("\nmean KL divergence, nats: " + ", ".join(f"{k} {v:.3e}" for k, v in found["kl_nats"].items()))
-    ratio = found["kl_ratio"]
-    fine = "ok" if RATIO[0] <= ratio["low"] <= ratio["high"] <= RATIO[1] else "OUT"
-    say(
-        f"  native over vLLM's, fp8_ds_mla from bf16: {ratio['ratio']:.3f} "
-        f"(90 % {ratio['low']:.3f} to {ratio['high']:.3f}); want {RATIO[0]} to {RATIO[1]}  {fine}"
-    )
-    for context, part in found["kl_ratio_by_context"].items():
-        say(f"    {context}: {part['ratio']:.3f} (90 % {part['low']:.3f} to {part['high']:.3f})")
+    say(f"mean KL divergence from bf16, native over vLLM's; want {RATIO[0]} to {RATIO[1]}")
+    for row in found["kl_ratios"]:
+        fine = "ok" if RATIO[0] <= row["low"] <= row["high"] <= RATIO[1] else "OUT"
+        say(
+            f"  {row['arm']:31} {row['native_nats']:.3e} over {row['vllm_nats']:.3e} nats = {row['ratio']:.3f} "
+            f"(90 % {row['low']:.3f} to {row['high']:.3f})  {fine}"
+        )
+        for context, part in row["by_context"].items():
+            say(f"    {context}: {part['ratio']:.3f} (90 % {part['low']:.3f} to {part['high']:.3f})")
     say("\nlayers on vLLM's own input, relative L2 (with vLLM's selection in brackets), selection recall")
     for arm, rows in found["layers"].items():
         for layer in sorted({row["layer"] for row in rows}):
@@ -166,10 +162,10 @@ def show(found: dict[str, Any]) -> None:
                 for key in of[0]
             }
             say(
-                f"  {arm:22} layer {layer}: values {at['values']:.2e} ({at['forced_values']:.2e}), output "
+                f"  {arm:31} layer {layer}: values {at['values']:.2e} ({at['forced_values']:.2e}), output "
                 f"{at['output']:.2e} ({at['forced_output']:.2e}), recall {at['recall']:.5f}, row bytes equal "
                 f"{at['row_bytes_equal']:.6f}; on vLLM's query and rows: exact attention {at['attended']:.2e}, "
-                f"FlashMLA {'n/a' if at['kernel_attended'] is None else format(at['kernel_attended'], '.2e')}; "
+                f"the kernel {'n/a' if at['kernel_attended'] is None else format(at['kernel_attended'], '.2e')}; "
                 f"projections in float32 would change values by {at['projected']:.2e}"
             )
 
@@ -177,7 +173,7 @@ def show(found: dict[str, Any]) -> None:
     for arm, rows in found["repeated"].items():
         for row in rows:
             say(
-                f"  {arm:22} layer {row['layer']}: latent {row['latent']:.2e}, selection recall {row['recall']:.5f}, in the same "
+                f"  {arm:31} layer {row['layer']}: latent {row['latent']:.2e}, selection recall {row['recall']:.5f}, in the same "
                 f"order {row['in_order']:.3f} of tokens, values {row['values']:.2e}, {row['equal']:.3f} of them bit for bit"
             )
 

@@ -30,8 +30,9 @@ def native_layers(plan: Plan, model: Any, arm: str, folder: Path) -> None:
 
     values, output: relative L2 on vLLM's input; `forced_` with its selection too. recall: of vLLM's selection.
     attended: relative L2 of values on vLLM's query, rows and selection, by this candidate's exact attention;
-    kernel_attended: by FlashMLA's kernel, where it is installed. row_bytes_equal: share of bytes written alike. projected:
-    relative L2 between values with float32 projections and with the model's own, on the same input and selection.
+    kernel_attended: by the kernel of this project's backend, where it is installed. row_bytes_equal: share of bytes written
+    alike. projected: relative L2 between values with float32 projections and with the model's own, on the same input and
+    selection.
     """
     rows = []
     for number in range(plan.layer_documents):
@@ -47,11 +48,12 @@ def native_layers(plan: Plan, model: Any, arm: str, folder: Path) -> None:
 def layer_row(model: Any, layer: int, theirs: dict[str, Tensor]) -> dict[str, float | None]:
     """One layer's figures, from its tensors [T, ...] in vLLM by name."""
     path, state = model.evalkit.layers[layer], model.evalkit.new_cache().state
+    scales = state.scales.get(layer, Scales())
     selection = theirs["selection"].long()
     free = run(model, path, layer, theirs["hidden"])
     forced = run(model, path, layer, theirs["hidden"], selection)
     wide = run(model, copy.deepcopy(path).float(), layer, theirs["hidden"].float(), selection)
-    kernel = backends.get("flashmla")
+    kernel = backends.get("flashinfer" if state.format.name == "fp8_e4m3" else "flashmla")
     heads, topk = path.heads, int(selection.shape[1])
     runs = kernel.unavailable_because(state.format, selection.device, heads, topk) is None
     return {
@@ -60,11 +62,11 @@ def layer_row(model: Any, layer: int, theirs: dict[str, Tensor]) -> dict[str, fl
         "forced_values": distance(forced["values"], theirs["values"]),
         "forced_output": distance(forced["output"], theirs["output"]),
         "recall": float(recall(free["selection"], selection).mean()),
-        "attended": distance(attended(path, state.backend, state.format, theirs), theirs["values"]),
-        "kernel_attended": distance(attended(path, kernel, state.format, theirs), theirs["values"])
+        "attended": distance(attended(path, state.backend, state.format, theirs, scales), theirs["values"]),
+        "kernel_attended": distance(attended(path, kernel, state.format, theirs, scales), theirs["values"])
         if runs
         else None,
-        "row_bytes_equal": same_bytes(theirs, state.format),
+        "row_bytes_equal": same_bytes(theirs, state.format, scales),
         "projected": distance(wide["values"], forced["values"]),
     }
 
@@ -113,21 +115,23 @@ def run(
     return capture.joined()
 
 
-def attended(path: Any, backend: Backend, format: RowFormat, theirs: dict[str, Tensor]) -> Tensor:
+def attended(
+    path: Any, backend: Backend, format: RowFormat, theirs: dict[str, Tensor], scales: Scales
+) -> Tensor:
     """Values [T, H, V] from vLLM's query, rows and selection."""
-    rows, (up, down) = theirs["rows"], path._up_projections()
-    query = theirs["query"].view(len(rows), path.heads, -1).to(up.dtype)
-    q_nope, q_rope = query.split([path.nope, path.rope], -1)
+    rows, (_, down) = theirs["rows"], path._up_projections()
+    query = theirs["query"].view(len(rows), path.heads, -1).to(down.dtype)
+    q_latent, q_rope = query.split([format.latent_dim, format.rope_dim], -1)
     cache = rows.new_zeros(-(-len(rows) // BLOCK), BLOCK * format.row_bytes)
     cache.view(-1, format.row_bytes)[: len(rows)] = rows.flatten(1)
     out, _ = backend.attend(
-        torch.einsum("thn,hnc->thc", q_nope, up),
+        q_latent.contiguous(),
         q_rope.contiguous(),
         cache,
         format,
         theirs["selection"].int(),
         path.sm_scale,
-        Scales(),
+        scales,
     )
     return torch.einsum("thc,hvc->thv", out.to(down.dtype), down)
 
@@ -139,7 +143,7 @@ def distance(got: Tensor, ref: Tensor) -> float:
     return found
 
 
-def same_bytes(theirs: dict[str, Tensor], format: RowFormat) -> float:
-    """Share of vLLM's row bytes that this project's writer makes of vLLM's own latent and rope."""
-    ours = format.encode(theirs["latent"], theirs["rope"], Scales())
+def same_bytes(theirs: dict[str, Tensor], format: RowFormat, scales: Scales) -> float:
+    """Share of vLLM's row bytes that this project's writer makes of the latent and rope that vLLM's writer rounds."""
+    ours = format.encode(theirs["latent"], theirs["rope"], scales)
     return float((ours.view(torch.uint8) == theirs["rows"].view(torch.uint8)).double().mean())

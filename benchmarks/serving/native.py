@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.serving.layers import native_layers
-from benchmarks.serving.plan import BF16, FP8, Plan, say
+from benchmarks.serving.plan import BF16, CALIBRATED, FP8, ONE, Plan, say
 from evalkit.evaluate.engines.native import NativeEngine
+
+ARM = "SERVING_NATIVE_ARM"  # set in the process that scores this arm
 
 
 def write_rule(plan: Plan) -> str:
@@ -27,37 +30,47 @@ def write_rule(plan: Plan) -> str:
 
 def native_arms(plan: Plan) -> dict[str, str]:
     """This project's candidate for each of vLLM's formats: exact attention that reads as an SM90 kernel does."""
+    read = "@reference+index=fp8+reader=sm90_bf16"
     return {
         BF16: "bf16@reference+index=fp8",
-        FP8: f"{write_rule(plan)}@reference+index=fp8+reader=sm90_bf16",
+        FP8: write_rule(plan) + read,
+        ONE: f"fp8_e4m3:one{read}",
+        CALIBRATED: f"fp8_e4m3:checkpoint{read}",
     }
 
 
 def native_step(plan: Plan) -> None:
-    """In a process without vLLM, so that no kernel of its version stands in for this project's own.
+    """Each arm in a process of its own without vLLM, so that no kernel of its version stands in for this project's own.
 
     A folder `vllm` that is no package, and holds FlashMLA's library alone, stays.
     """
-    if not os.environ.get("SERVING_NATIVE"):
+    if not os.environ.get(ARM):
         paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         kept = [path for path in paths if not Path(path, "vllm", "__init__.py").exists()]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(kept), "SERVING_NATIVE": "1"}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(kept)}
         command = [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:]]
-        subprocess.run(command, env=environment, check=True)
+
+        def one(arm: str) -> None:
+            subprocess.run(command, env={**environment, ARM: arm}, check=True)
+
+        with ThreadPoolExecutor(plan.at_once) as pool:
+            for future in [pool.submit(one, arm) for arm in (BF16, FP8, ONE, CALIBRATED)]:
+                future.result()
         return
     import evalkit
 
-    for arm, candidate in native_arms(plan).items():
-        folder = plan.out / "native" / arm
-        done = folder / f"done-{plan.documents}-{plan.tokens}-{plan.task_documents}-{plan.layer_documents}"
-        if done.exists():
-            continue
-        model = evalkit.load(plan.checkpoint, candidate, device=plan.device)
-        native_answers(plan, model, folder)
-        native_logits(plan, model, folder)
-        native_layers(plan, model, arm, folder)
-        (folder / "candidate").write_text(str(model.evalkit.candidate))
-        done.touch()
+    arm = os.environ[ARM]
+    folder = plan.out / "native" / arm
+    done = folder / f"done-{plan.documents}-{plan.tokens}-{plan.task_documents}-{plan.layer_documents}"
+    if done.exists():
+        return
+    scales = plan.scales if arm == CALIBRATED else None
+    model = evalkit.load(plan.checkpoint, native_arms(plan)[arm], device=plan.device, scales=scales)
+    native_answers(plan, model, folder)
+    native_logits(plan, model, folder)
+    native_layers(plan, model, arm, folder)
+    (folder / "candidate").write_text(str(model.evalkit.candidate))
+    done.touch()
 
 
 def native_answers(plan: Plan, model: Any, folder: Path) -> None:

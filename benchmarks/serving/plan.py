@@ -8,12 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from evalkit import kv
 from evalkit.evaluate.engines.base import Label, Prompt
 from evalkit.evaluate.engines.launch import launch
 from evalkit.evaluate.engines.vllm import VllmEngine
+from evalkit.kv import Scales
 
 BF16, FLOOR, FP8 = "bf16@flashmla", "bf16@flash_attn", "fp8_ds_mla@flashmla"
-ARMS = (BF16, FLOOR, FP8)
+ONE, CALIBRATED = "fp8_e4m3:one@flashinfer", "fp8_e4m3:checkpoint@flashinfer"
+FP8_ARMS = (FP8, ONE, CALIBRATED)
+ARMS = (BF16, FLOOR, *FP8_ARMS)
 TASK, TASK_LENGTH, MAX_NEW, KEYS = "multi_key", 1024, 8, 120
 FORCED = ("multi_key", "registers")  # texts whose every token is scored, in turn
 SEED = 4_000
@@ -31,6 +35,12 @@ class Plan:
     task_documents: int
     layer_documents: int
     device: str | None
+    at_once: int = 1  # engines on one GPU, and this project's own arms beside each other
+
+    @cached_property
+    def scales(self) -> dict[int, Scales]:
+        """Of each layer, as the checkpoint carries them."""
+        return kv.from_checkpoint(self.checkpoint)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -69,9 +79,9 @@ class Plan:
     def engine(self, arm: str, folder: Path, gpus: tuple[int, ...] = ()) -> VllmEngine:
         length = max(self.tokens, TASK_LENGTH) + MAX_NEW
         size = -(-length // MAX_LENGTH_STEP) * MAX_LENGTH_STEP
-        return VllmEngine(
-            launch(self.checkpoint, arm, max_length=size, memory_share=MEMORY_SHARE, gpus=gpus), folder
-        )
+        scales = {layer: one.latent for layer, one in self.scales.items()} if arm == CALIBRATED else {}
+        place = {"gpus": gpus, "memory_share": MEMORY_SHARE / self.at_once, "shared": self.at_once > 1}
+        return VllmEngine(launch(self.checkpoint, arm, max_length=size, scales=scales, **place), folder)
 
     def texts(self, ids: dict[int, list[int]]) -> list[str]:
         return [self.tokenizer.decode(ids[number]).split(".")[0].strip() for number in sorted(ids)]
