@@ -155,9 +155,7 @@ def run_tasks(
     tasks = load_tasks(tuple(names), documents, seed, data)
     for task in tasks:
         task.set_fewshot_seed(seed=seed)  # drawn examples, too, are the same for every candidate
-    return [
-        _run(lm, task, documents, candidate) for task in tasks if not only or task.task_name in only
-    ]
+    return [_run(lm, task, documents, candidate) for task in tasks if not only or task.task_name in only]
 
 
 @lru_cache(maxsize=4)
