@@ -44,7 +44,7 @@ class FlashMLA(BF16Operands):
         if device.type != "cuda":
             return f"FlashMLA needs an NVIDIA GPU, the device is {device.type}"
         if library() is None:
-            return "vLLM's FlashMLA library (vllm/_flashmla_C.abi3.so) is not installed (pip install vllm)"
+            return "vLLM's FlashMLA library (vllm/_flashmla_C.abi3.so) is not installed (pip install 'evalkit-kv[vllm]')"
         major, minor = torch.cuda.get_device_capability(device)
         if major != 9:
             return f"these FlashMLA calls are for SM90, this GPU is SM{major}{minor}"

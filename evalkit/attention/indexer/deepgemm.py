@@ -76,7 +76,7 @@ def _missing() -> str | None:
     """Why the operator cannot be called, or None once it is loaded."""
     folder = library()
     if folder is None:
-        return "vLLM's DeepGEMM (vllm/third_party/deep_gemm/_C_extension*.so) is not installed (pip install vllm)"
+        return "vLLM's DeepGEMM (vllm/third_party/deep_gemm/_C_extension*.so) is not installed (pip install 'evalkit-kv[vllm]')"
     try:
         torch.ops.load_library(str(next(folder.glob("_C_extension*.so"))))
     except OSError as error:
