@@ -1,6 +1,6 @@
 """Write vllm_signatures.json: what evalkit relies on, read from the sources of vLLM wheels without importing them.
 
-python tests/evaluate/record_vllm_signatures.py vllm-0.25.1-….whl vllm-0.33.0-….whl
+python tests/evaluate/record_vllm_signatures.py vllm-0.33.0-….whl
 """
 
 import ast
@@ -8,6 +8,8 @@ import json
 import sys
 import zipfile
 from pathlib import Path
+
+from evalkit.evaluate.engines.launch import ENVIRONMENT
 
 FILE = Path(__file__).with_name("vllm_signatures.json")
 # Functions whose parameters are recorded, and classes whose fields are.
@@ -19,11 +21,8 @@ FUNCTIONS = {
     "LLMEngine.step": "vllm/v1/engine/llm_engine.py",
     "LLMEngine.has_unfinished_requests": "vllm/v1/engine/llm_engine.py",
     "tokens_input": "vllm/inputs/engine.py",
-    "get_kv_quant_mode": "vllm/v1/kv_cache_interface.py",
     "get_forward_context": "vllm/forward_context.py",
-    "MLAAttention.get_kv_cache_spec": "vllm/model_executor/layers/attention/mla_attention.py",
-    "MLAAttention.forward": "vllm/model_executor/layers/attention/mla_attention.py",
-    "MultiHeadLatentAttentionWrapper.forward": "vllm/model_executor/layers/mla.py",
+    "DeepseekV32Attention.forward": "vllm/models/deepseek_v32/attention.py",
     "LogitsProcessor.forward": "vllm/model_executor/layers/logits_processor.py",
     "AttentionBackend.supports_kv_cache_dtype": "vllm/v1/attention/backend.py",
     "AttentionBackend.supports_compute_capability": "vllm/v1/attention/backend.py",
@@ -79,13 +78,6 @@ def fields(cls: ast.ClassDef) -> list[str]:
     ]
 
 
-def literal(tree: ast.Module, name: str) -> list[str]:
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return [ast.literal_eval(one) for one in node.value.slice.elts]
-    raise ValueError(f"no {name}")
-
-
 def cache_dtypes(tree: ast.Module) -> list[str]:
     """The first backend class's `supported_kv_cache_dtypes` in a file."""
     for node in ast.walk(tree):
@@ -108,54 +100,24 @@ def members(tree: ast.Module) -> list[str]:
 
 
 def attention_layer(wheel: zipfile.ZipFile) -> dict:
-    """The class of a DeepSeek-V3.2 layer's attention on CUDA, and what its forward takes."""
-    registry = parsed(wheel, "vllm/model_executor/models/registry.py")
-    module = next(
-        ast.literal_eval(value)[0]
-        for node in ast.walk(registry)
-        if isinstance(node, ast.Dict)
-        for key, value in zip(node.keys, node.values, strict=True)
-        if isinstance(key, ast.Constant) and key.value == "DeepseekV32ForCausalLM"
-    )
-    path, base = "vllm/model_executor/layers/mla.py", "PluggableLayer"
-    if "." in module:  # a package of its own
-        path, base = f"{module.replace('.', '/')}/attention.py", "MLAAttention"
-    tree = parsed(wheel, path)
-    cls = next(
-        node
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and base in [ast.unparse(one) for one in node.bases]
-    )
-    forward = next(
-        node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name.startswith("forward")
-    )
+    """What the attention of a layer is on CUDA, and what it ends in."""
+    cls = found(parsed(wheel, FUNCTIONS["DeepseekV32Attention.forward"]), "DeepseekV32Attention")
     return {
-        "class": cls.name,
-        "is_mla_attention": base == "MLAAttention",
-        "forward": parameters(forward),
-        "returns": ast.unparse(forward.body[-1]),
+        "bases": [ast.unparse(one) for one in cls.bases],
+        "returns": ast.unparse(found(cls, "forward").body[-1]),
     }
-
-
-def runs_all_on_the_second_runner(wheel: zipfile.ZipFile) -> bool:
-    """Older versions have a list of models that are run so."""
-    asked = found(parsed(wheel, "vllm/config/vllm.py"), "VllmConfig.use_v2_model_runner")
-    return "_is_default_v2_model_runner_model" not in ast.unparse(asked)
 
 
 def recorded(path: Path) -> tuple[str, dict]:
     wheel = zipfile.ZipFile(path)
-    spec = found(parsed(wheel, FUNCTIONS["MLAAttention.get_kv_cache_spec"]), "MLAAttention.get_kv_cache_spec")
+    variables = wheel.read("vllm/envs.py").decode()
     return path.name.split("-")[1], {
         "functions": {name: parameters(found(parsed(wheel, at), name)) for name, at in FUNCTIONS.items()},
         "fields": {name: fields(found(parsed(wheel, at), name)) for name, at in FIELDS.items()},
-        "CacheDType": literal(parsed(wheel, "vllm/config/cache.py"), "CacheDType"),
         "backends": members(parsed(wheel, "vllm/v1/attention/backends/registry.py")),
         "cache_dtypes": {name: cache_dtypes(parsed(wheel, at)) for name, at in CACHES.items()},
-        "spec_states_quant_mode": "kv_quant_mode" in ast.unparse(spec),
         "attention_layer": attention_layer(wheel),
-        "second_runner_for_all": runs_all_on_the_second_runner(wheel),
-        "dense_prefill": "vllm/model_executor/layers/attention/sparse_mla_attention.py" in wheel.namelist(),
+        "environment": [name for name in ENVIRONMENT if f'"{name}"' in variables],
     }
 
 

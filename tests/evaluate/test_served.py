@@ -220,8 +220,8 @@ def test_a_run_does_not_go_on_with_another_version_of_vllm(run, stand_in, tmp_pa
     for name in STARTS:
         shutil.rmtree(stopped / "engines" / file_name(name))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STAND_IN_VERSION", "0.25.1")
-        with pytest.raises(InputError, match=r"vLLM 0\.25\.1, 0\.33\.0") as error:
+        patch.setenv("STAND_IN_VERSION", "0.34.0")
+        with pytest.raises(InputError, match=r"vLLM 0\.33\.0, 0\.34\.0") as error:
             pipeline.run(RunConfig.from_json(RunDirectory(stopped).config), stopped)
     assert "\n" not in str(error.value)
     assert len(RunDirectory(stopped).read()) == len(kept)

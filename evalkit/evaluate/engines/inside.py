@@ -1,9 +1,8 @@
 """What runs inside vLLM's processes, on the model itself: proof of its path, hooks that keep tensors, scales.
 
-Each function takes the model first, as `LLM.apply_model` calls it, and works on vLLM's modules by their class names. In
-0.25.1 a layer is a `MultiHeadLatentAttentionWrapper` (projections, indexer, output) around an `MLAAttention` (writes the
-cache and attends). From 0.33.0 on it is one `DeepseekV32Attention`, an `MLAAttention` that does all of it, writes the cache
-with its projections in one kernel, and ends in its `o_proj`.
+Each function takes the model first, as `LLM.apply_model` calls it, and works on vLLM's modules by their class names. A
+layer's attention is one `DeepseekV32Attention`, a subclass of `MLAAttention`: it projects, writes the cache, selects,
+attends, and ends in its `o_proj`.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ HOOKS: list[Any] = []
 class Request:
     """The logits of the request that runs, alone.
 
-    forced: what it is to generate, whatever they say, in order. rows: of its prompt, still to come. sampled: what its
-    tokens are sampled from, a row each; the first, of the prompt's last token, comes before any of `prompt`.
+    forced: what it is to generate, whatever they say, in order.
+    rows: how many rows of its prompt's logits are still to come.
+    prompt: its prompt's logits, in pieces. sampled: what its tokens are sampled from, a row each. vLLM's second model
+        runner computes the row of the prompt's last token twice: first in `sampled`, then at the end of `prompt`.
     """
 
     forced: list[int]
@@ -39,10 +40,10 @@ REQUEST = Request([], 0)
 
 
 def attention_layers(model: Any) -> Iterator[tuple[int, Any]]:
-    """Number and `MLAAttention`, or what is made of it, of every decoder layer in this process."""
+    """Number and `MLAAttention`, or a subclass of it, of every decoder layer in this process."""
     for name, module in model.named_modules():
-        if _is_attention(module) and (found := _layer(name)) is not None:
-            yield found, module
+        if _is_attention(module) and (found := re.search(r"\.layers\.(\d+)\.", name)):
+            yield int(found[1]), module
 
 
 def describe(model: Any) -> list[dict[str, Any]]:
@@ -53,9 +54,9 @@ def describe(model: Any) -> list[dict[str, Any]]:
             "backend": module.attn_backend.get_name(),
             "implementation": type(module.impl).__name__,
             "cache_dtype": str(module.kv_cache_dtype),
-            "cache_tensor": str(_cache(module).dtype).removeprefix("torch."),
-            "row_bytes": _cache(module).shape[-1] * _cache(module).element_size(),
-            "slots": _cache(module).shape[0] * _cache(module).shape[1],
+            "cache_tensor": str(module.kv_cache.dtype).removeprefix("torch."),
+            "row_bytes": module.kv_cache.shape[-1] * module.kv_cache.element_size(),
+            "slots": module.kv_cache.shape[0] * module.kv_cache.shape[1],
             "heads": module.num_heads,
             "k_scale": float(module._k_scale),
             "q_scale": float(module._q_scale),
@@ -81,19 +82,11 @@ def set_scales(model: Any, scales: dict[int, float]) -> int:
 def watch(model: Any, layers: bool) -> None:
     """From now on keep the logits, and with `layers` what every attention layer reads and gives."""
     forget(model)
-    for name, module in model.named_modules():
-        if type(module).__name__ == "LogitsProcessor":
-            HOOKS.append(module.register_forward_hook(_logits))
-        number = _layer(name)
-        if not layers or number is None:
-            continue
-        if type(module).__name__ == "MLAAttention":
-            HOOKS.append(module.register_forward_hook(_attention(number)))
-        elif _is_attention(module):
-            HOOKS.append(module.o_proj.register_forward_pre_hook(_values(number)))
-            HOOKS.append(module.register_forward_hook(_whole_layer(number, stores=True), with_kwargs=True))
-        elif type(module).__name__ == "MultiHeadLatentAttentionWrapper":
-            HOOKS.append(module.register_forward_hook(_whole_layer(number, stores=False), with_kwargs=True))
+    processors = [module for module in model.modules() if type(module).__name__ == "LogitsProcessor"]
+    HOOKS.extend(module.register_forward_hook(_logits) for module in processors)
+    for layer, module in attention_layers(model) if layers else ():
+        HOOKS.append(module.o_proj.register_forward_pre_hook(_values(layer)))
+        HOOKS.append(module.register_forward_hook(_whole_layer(layer), with_kwargs=True))
 
 
 def forget(_model: Any) -> None:
@@ -103,10 +96,10 @@ def forget(_model: Any) -> None:
     begin(_model, [], 0)
 
 
-def begin(_model: Any, forced: list[int], rows: int) -> None:
-    """A request follows, which runs alone: what it is to generate, and of how many tokens of its prompt logits come."""
+def begin(_model: Any, forced: list[int], prompt: int) -> None:
+    """A request follows, which runs alone: what it is to generate after its `prompt` tokens."""
     global REQUEST
-    REQUEST = Request(list(forced), rows)
+    REQUEST = Request(list(forced), prompt)
     KEPT.clear()
 
 
@@ -125,8 +118,8 @@ def take(_model: Any, path: str, prompt: int, decoded: int, tensor_parallel: int
     wanted, seen = [prompt, *[1] * decoded], {name: list(map(len, parts)) for name, parts in KEPT.items()}
     if REQUEST.sampled:
         first, *later = map(len, REQUEST.sampled)
-        # Of the prompt's last token they come first, and in some versions once more.
-        seen["logits"] = [prompt - 1 - REQUEST.rows + first, *later]
+        # The last of the prompt's rows is the first of those that are sampled from, once more.
+        seen["logits"] = [prompt - REQUEST.rows - 1 + first, *later]
     for name, pieces in seen.items():
         if pieces != wanted:
             raise ValueError(
@@ -137,8 +130,7 @@ def take(_model: Any, path: str, prompt: int, decoded: int, tensor_parallel: int
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     # vLLM gathers logits for every tensor-parallel rank, and counts those ranks first.
     if REQUEST.sampled and rank % tensor_parallel == 0:
-        before = torch.cat([*REQUEST.prompt, REQUEST.sampled[0][:0]])[: prompt - 1]
-        found["logits"] = torch.cat([before, *REQUEST.sampled])
+        found["logits"] = torch.cat([torch.cat(REQUEST.prompt)[: prompt - 1], *REQUEST.sampled])
     found = {name: tensor.cpu() for name, tensor in found.items()}
     KEPT.clear()
     if found:
@@ -163,23 +155,11 @@ def _logits(_module: Any, _args: Any, logits: Tensor | None) -> Tensor | None:
     return forced
 
 
-def _attention(layer: int) -> Any:
-    def hook(module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
-        """MLAAttention(q, latent, rope, …) -> values; its rows have just been written."""
-        query, latent, rope = args[:3]
-        _keep(layer, query=query, latent=latent, rope=rope.flatten(1), values=out)
-        _keep(layer, **_stored(module, len(latent)))
-
-    return hook
-
-
-def _whole_layer(layer: int, stores: bool) -> Any:
+def _whole_layer(layer: int) -> Any:
     def hook(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
-        """Called (positions, hidden, …) -> output; where it `stores`, its rows have been written."""
+        """Called (positions, hidden) -> output; its rows have been written."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
-        _keep(layer, hidden=hidden, output=out)
-        if stores:
-            _keep(layer, **_stored(module, len(hidden)))
+        _keep(layer, hidden=hidden, output=out, **_stored(module, len(hidden)))
 
     return hook
 
@@ -202,7 +182,7 @@ def _stored(module: Any, tokens: int) -> dict[str, Tensor]:
     from vllm.forward_context import get_forward_context
 
     slots = get_forward_context().slot_mapping[module.layer_name][:tokens]
-    cache = _cache(module)
+    cache = module.kv_cache  # [blocks, tokens a block, row]
     size = cache.shape[1]
     rows = cache[slots // size, slots % size]
     return {
@@ -213,14 +193,3 @@ def _stored(module: Any, tokens: int) -> dict[str, Tensor]:
 
 def _is_attention(module: Any) -> bool:
     return any(kind.__name__ == "MLAAttention" for kind in type(module).__mro__)
-
-
-def _cache(module: Any) -> Tensor:
-    """[blocks, tokens a block, row]; some versions hold it in a list, one entry a pipeline stage."""
-    cache: Tensor | list[Tensor] = module.kv_cache
-    return cache[0] if isinstance(cache, (list, tuple)) else cache
-
-
-def _layer(name: str) -> int | None:
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return int(found[1]) if found else None

@@ -30,10 +30,12 @@ CACHE_DTYPES = {
 PLACE = ("gpus", "memory_share", "shared", "cache_bytes")
 BLOCK = 64  # tokens of a block of vLLM's cache
 # Read by vLLM when it is imported: one process for engine and caller, so that hooks reach the model; functions may be
-# sent to it where there are more; no sampler that compiles at the first token; nothing is fetched.
+# sent to it where there are more; the second model runner, whose order of logits `inside` expects; no sampler that
+# compiles at the first token; nothing is fetched.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -57,7 +59,7 @@ class Launch:
     shared: whether other engines run on the same GPU. Its cache then holds what `sequences` take at most, since vLLM
         cannot measure what memory is free while another engine takes or frees some.
     gpus: CUDA_VISIBLE_DEVICES, by number or name; empty leaves it as it is.
-    force_stored: newer versions attend prompts up to top-k densely, past the cache; true has them read it.
+    force_stored: vLLM attends prompts up to top-k densely, past the cache; true has them read it.
     extra: further arguments of vLLM's `LLM`, which win.
     """
 

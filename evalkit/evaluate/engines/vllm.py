@@ -104,16 +104,14 @@ class VllmEngine:
                 self._kept.keep(key, answer)
 
     def stored(self, request: Prompt | Span) -> bool:
-        """Whether its scored tokens read stored rows: newer versions attend prompts up to top-k densely, past them.
+        """Whether its scored tokens read stored rows: vLLM attends prompts up to top-k densely, past them.
 
         What is generated after the first token reads them always.
         """
-        proof = {} if self.launch.force_stored else self.proof or self.start()
-        if not proof.get("dense_prefill_tokens"):
-            return True
+        dense = int((self.proof or self.start())["dense_prefill_tokens"])
         if isinstance(request, Prompt):
-            return bool(request.max_new > 1 or len(request.ids) > proof["dense_prefill_tokens"])
-        return bool(len(request.context) + len(request.continuation) > proof["dense_prefill_tokens"])
+            return request.max_new > 1 or len(request.ids) > dense
+        return len(request.context) + len(request.continuation) > dense
 
     def seconds(self, requests: Sequence[Prompt | Span]) -> float:
         """What asking for these took, in whichever processes; what was adopted took this engine nothing."""

@@ -37,7 +37,6 @@ class Held:
         self.stops: dict[tuple[str, ...], Stops] = {}
         self.count = 0
         self.tensor_parallel = 1
-        self.repeats = 0  # how many of a prompt's last logits come twice
 
     def start(self, message: dict[str, Any], send: Send) -> None:
         """Load the model; what it says of itself is the proof of the candidate's path."""
@@ -46,10 +45,9 @@ class Held:
         began = time.perf_counter()
         launch = message["launch"]
         self.stop_ids = message["stop_ids"]
-        self.tokenizer = AutoTokenizer.from_pretrained(launch["checkpoint"])
         self.llm, said = adapter.start(launch)
+        self.tokenizer = AutoTokenizer.from_pretrained(launch["checkpoint"])
         self.tensor_parallel = launch["tensor_parallel"]
-        self.repeats = int(adapter.repeats_last_logits(self.llm))
         loaded = self.layers()
         if launch["scales"]:
             scales = {int(layer): scale for layer, scale in launch["scales"].items()}
@@ -119,7 +117,7 @@ class Held:
         """Write one document's file; what is in it, and what vLLM says of its prompt's tokens."""
         end = len(document["ids"]) - decoded
         ids, forced = document["ids"][:end], document["ids"][end:]
-        self.llm.apply_model(partial(inside.begin, forced=forced, rows=end - 1 + self.repeats))
+        self.llm.apply_model(partial(inside.begin, forced=forced, prompt=end))
         # One more than is forced, so that the last of them is attended with.
         self.add(ids, {"max_tokens": decoded + 1, "prompt_logprobs": 0, "stop_token_ids": []})
         told: Any = None

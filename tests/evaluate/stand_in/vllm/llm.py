@@ -8,40 +8,19 @@ from torch import nn
 
 import evalkit
 from evalkit.compare.capture import Capture
+from vllm.attention import DeepseekV32Attention
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import CONTEXT
-from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.recorded import RECORDED, SCRIPT, CompletionOutput, Logprob, takes
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-FORMATS = {"bfloat16": "bf16", "fp8_ds_mla": "fp8_ds_mla_fp32scale", "fp8_e4m3": "fp8_e4m3"}
-PROBES = frozenset({"latent", "rope", "values", "output", "selection"})
+FORMATS = {"bfloat16": "bf16", "fp8_ds_mla": "fp8_ds_mla", "fp8_e4m3": "fp8_e4m3"}
+PROBES = frozenset({"values", "output", "selection"})
 
 
 class LogitsProcessor(nn.Module):
     def forward(self, lm_head, hidden_states, embedding_bias=None):
         return lm_head(hidden_states)
-
-
-class MultiHeadLatentAttentionWrapper(nn.Module):
-    def __init__(self, layer_name, options):
-        super().__init__()
-        self.mla_attn = MLAAttention(layer_name, options)
-
-    def forward(self, positions, hidden_states, llama_4_scaling=None):
-        return self.shown
-
-
-class DeepseekV32Attention(MLAAttention):
-    """A layer of newer versions: projections, cache and attention in one module, which ends in its `o_proj`."""
-
-    def __init__(self, layer_name, options):
-        super().__init__(layer_name, options)
-        self.o_proj = nn.Identity()
-
-    def forward(self, positions, hidden_states):
-        self.o_proj(self.values)
-        return self.shown
 
 
 def model_of(native, options):
@@ -52,13 +31,8 @@ def model_of(native, options):
     root.lm_head = native.lm_head
     layers = []
     for number in range(len(native.evalkit.layers)):
-        layer, name = nn.Module(), f"layers.{number}"
-        if RECORDED["attention_layer"]["class"] == "DeepseekV32Attention":
-            layer.self_attn = DeepseekV32Attention(name, options)
-        else:
-            layer.self_attn = nn.Module()
-            layer.self_attn.mla_attn = MultiHeadLatentAttentionWrapper(name, options)
-        layers.append(layer)
+        layers.append(nn.Module())
+        layers[-1].self_attn = DeepseekV32Attention(f"layers.{number}", options)
     root.model.layers = nn.ModuleList(layers)
     return root
 
@@ -77,9 +51,10 @@ class LLM:
         if "fail_start" in SCRIPT:
             print(f"ERROR 11-22 12:00:00 [core.py:1] {SCRIPT['fail_start']}", flush=True)
             raise RuntimeError("Engine core initialization failed. See root cause above.")
-        print("INFO 11-22 12:00:00 [cuda.py:1] Using", kwargs["attention_backend"], "attention backend.")
+        backend = kwargs.get("attention_backend") or kwargs["attention_config"]["backend"]
+        print("INFO 11-22 12:00:00 [cuda.py:1] Using", backend, "attention backend.")
         options = SimpleNamespace(
-            backend=AttentionBackendEnum[SCRIPT.get("backend", kwargs["attention_backend"])].get_class(),
+            backend=AttentionBackendEnum[SCRIPT.get("backend", backend)].get_class(),
             cache_dtype=kwargs["kv_cache_dtype"],
             blocks=kwargs["max_model_len"] // 64 + 1,
             heads=0,
@@ -90,7 +65,7 @@ class LLM:
         options.topk = self.native.config.index_topk
         self.model = model_of(self.native, options)
         # The difference between two kernels, and between two starts.
-        self.noise = 2e-3 if kwargs["attention_backend"] == "FLASH_ATTN_MLA_SPARSE" else 0.0
+        self.noise = 2e-3 if backend == "FLASH_ATTN_MLA_SPARSE" else 0.0
         self.drift = SCRIPT.get("drift", 0.0)
         self.llm_engine = LLMEngine(self)
 
@@ -101,7 +76,6 @@ class LLM:
 class LLMEngine:
     def __init__(self, llm):
         self.llm, self.requests, self.steps = llm, {}, 0
-        self.vllm_config = SimpleNamespace(use_v2_model_runner=RECORDED["second_runner_for_all"])
 
     def add_request(self, request_id, prompt, params, **kwargs):
         takes("LLMEngine.add_request", request_id, prompt, params, **kwargs)
@@ -135,11 +109,9 @@ class LLMEngine:
         logits = self.llm.run(ids, 1 if request.made else len(ids))
         sampled = self.llm.model.logits_processor(lambda x: x, logits[-1:])
         if params.prompt_logprobs is not None and not request.made:
-            # The second runner works out the last ones again, all in pieces of 1,024.
-            v2 = self.vllm_config.use_v2_model_runner
-            pieces = logits.split(SCRIPT.get("piece", 1024)) if v2 else (logits[:-1],)
-            told = [self.llm.model.logits_processor(lambda x: x, piece) for piece in pieces if len(piece)]
-            told = torch.cat([*told, logits[:0]])[: len(logits) - 1]
+            # All of them in pieces of 1,024, those that were sampled from once more.
+            pieces = logits.split(SCRIPT.get("piece", 1024))
+            told = torch.cat([self.llm.model.logits_processor(lambda x: x, piece) for piece in pieces])[:-1]
             prompt_logprobs = [None, *tell(told, request.ids[1:], params.prompt_logprobs)]
         token = int(sampled[-1].argmax())
         request.made.append(token)
@@ -189,21 +161,16 @@ def run(self, ids, fresh):
         hook.remove()
     for number, layer in enumerate(self.model.model.layers):
         found = seen.layers[number].joined()
-        whole = isinstance(layer.self_attn, DeepseekV32Attention)
-        module = layer.self_attn if whole else layer.self_attn.mla_attn
-        attention = module if whole else module.mla_attn
         values = self.disturbed(found["values"].flatten(1), len(ids) + number)
-        attention.show(cache.state.layers[number], values[-fresh:], found["selection"][-fresh:])
+        layer.self_attn.show(
+            cache.state.layers[number],
+            values[-fresh:],
+            found["selection"][-fresh:],
+            found["output"][-fresh:],
+        )
         places = torch.arange(len(ids))[-fresh:]
-        CONTEXT.slot_mapping[attention.layer_name] = places
-        states = hidden[number][0, -fresh:]
-        module.shown = found["output"][-fresh:]
-        if whole:
-            module(positions=places, hidden_states=states)
-            continue
-        latent, rope = (found[name][-fresh:].to(torch.bfloat16) for name in ("latent", "rope"))
-        attention(states, latent, rope[:, None], output_shape=None)
-        module(places, states, None)
+        CONTEXT.slot_mapping[layer.self_attn.layer_name] = places
+        layer.self_attn(positions=places, hidden_states=hidden[number][0, -fresh:])
     return self.disturbed(out, len(ids)).bfloat16()
 
 

@@ -1,12 +1,12 @@
-"""What was recorded of one version, as classes and functions that refuse every other argument."""
+"""What was recorded of vLLM, as classes and functions that refuse every other argument."""
 
 import json
 import os
 from dataclasses import field, make_dataclass
 from pathlib import Path
 
-VERSION = os.environ.get("STAND_IN_VERSION", "0.25.1")
-RECORDED = json.loads(Path(__file__).parents[2].joinpath("vllm_signatures.json").read_text())[VERSION]
+VERSION = os.environ.get("STAND_IN_VERSION", "0.33.0")
+RECORDED = json.loads(Path(__file__).parents[2].joinpath("vllm_signatures.json").read_text())["0.33.0"]
 SCRIPT = json.loads(os.environ.get("STAND_IN_SCRIPT", "{}"))
 
 
@@ -14,8 +14,7 @@ def dataclass_of(name):
     return make_dataclass(name, [(one, object, field(default=None)) for one in RECORDED["fields"][name]])
 
 
-EngineArgs, AttentionConfig = dataclass_of("EngineArgs"), dataclass_of("AttentionConfig")
-SamplingParams = dataclass_of("SamplingParams")
+EngineArgs, SamplingParams = dataclass_of("EngineArgs"), dataclass_of("SamplingParams")
 CompletionOutput, Logprob = dataclass_of("CompletionOutput"), dataclass_of("Logprob")
 
 

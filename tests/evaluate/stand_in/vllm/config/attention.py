@@ -1,3 +1,0 @@
-from vllm.recorded import AttentionConfig
-
-__all__ = ["AttentionConfig"]
