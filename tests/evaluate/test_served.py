@@ -325,7 +325,9 @@ def test_gpus_are_shared_out_to_arms_and_their_engines(small, sizes, rooms, monk
 
 def test_a_gpu_that_is_named_several_times_takes_as_many_engines_at_once(small):
     """Each is told how much its cache may take, since vLLM cannot measure what is free while another one starts."""
-    config = RunConfig(engine="vllm", stages=("tasks",), tasks=(TASK,), task_documents=1, gpus=("0", "0", "1"))
+    config = RunConfig(
+        engine="vllm", stages=("tasks",), tasks=(TASK,), task_documents=1, gpus=("0", "0", "1")
+    )
     scorer = VllmScorer(config, small, ["bf16"])
     assert scorer.rooms() == [[("0",)], [("0",)], [("1",)]]
     shared, alone = (scorer.launch(scorer.candidates[0], 64, (gpu,)) for gpu in "01")
