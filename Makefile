@@ -32,7 +32,7 @@ TORCH_oldest   = $(shell grep ^torch== requirements/oldest.txt)
 INSTALL_oldest = $(INSTALL_) -c requirements/oldest.txt
 PYTHONS_newest = $(PYTHONS_)
 TORCH_newest   = torch
-INSTALL_newest = $(PY) requirements/newest.py $(EXTRAS) > $(VENV)/newest.txt && $(PIP) -r $(VENV)/newest.txt \
+INSTALL_newest = $(PY) requirements/newest.py $(EXTRAS) > $(VENV)/newest.txt && $(PIP) -U -r $(VENV)/newest.txt \
     && $(PIP) --no-deps -e .
 $(if $(value INSTALL_$(VERSIONS)),,$(error VERSIONS=$(VERSIONS) is unknown: oldest or newest is right, or nothing))
 

@@ -202,7 +202,7 @@ def test_a_run_killed_in_a_stage_goes_on_to_the_same_records(
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_IN, stage, str(killed.path)], stderr=subprocess.PIPE, text=True
     )
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL, err
     assert stages(killed) == stages(run)[: stages(run).index(stage)]
     assert list(killed.path.glob("*.jsonl.tmp"))
