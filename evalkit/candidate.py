@@ -12,6 +12,7 @@ KEYS = {
     "index": ("model", "fp8", "fp8_fp32", "bf16"),
     "read": ("native", "decoded"),
     "reader": ("exact", "sm90_bf16", "sm100_e8m0"),
+    "write": ("rounded", "fused"),
 }
 EXAMPLE = "fp8_e4m3:one@flashinfer+index=fp8"
 BEST = "best"  # backend of a candidate written without `@`: the first that can run here
@@ -32,6 +33,8 @@ class Candidate:
         scales rounded as a kernel rounds them, and the backend's bf16 kernel reads those.
     reader: how `reference` turns rows into numbers: `exact`, or as another GPU's kernel does, with scales rounded to
         bf16 or truncated to their exponent. A kernel reads in its own way, and takes no other.
+    write: what the writer of rows is given: `rounded`, latent and rope in the model's dtype; `fused`, in float32, as in
+        vLLM 0.33.0, whose one kernel norms, rotates and writes. Only then is a value rounded once.
     """
 
     format: str
@@ -40,6 +43,7 @@ class Candidate:
     index: str = "model"
     read: str = "native"
     reader: str = "exact"
+    write: str = "rounded"
 
     @classmethod
     def parse(cls, text: str) -> Candidate:
@@ -90,4 +94,5 @@ class Candidate:
         text = self.format + (f":{self.scales}" if scaled else "") + f"@{self.backend}"
         text += f"+index={self.index}" if self.index != "model" else ""
         text += f"+read={self.read}" if self.read != "native" else ""
-        return text + (f"+reader={self.reader}" if self.reader != "exact" else "")
+        text += f"+reader={self.reader}" if self.reader != "exact" else ""
+        return text + (f"+write={self.write}" if self.write != "rounded" else "")

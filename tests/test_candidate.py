@@ -22,6 +22,8 @@ from evalkit.errors import InputError
         ("bf16+index=bf16", "bf16@best+index=bf16"),
         ("fp8_ds_mla@reference+reader=sm100_e8m0", "fp8_ds_mla@reference+reader=sm100_e8m0"),
         ("fp8_ds_mla@reference+reader=exact", "fp8_ds_mla@reference"),
+        ("fp8_ds_mla@reference+write=fused", "fp8_ds_mla@reference+write=fused"),
+        ("fp8_ds_mla@reference+write=rounded", "fp8_ds_mla@reference"),
         ("fp8_ds_mla", "fp8_ds_mla@best"),
     ],
 )
@@ -37,7 +39,7 @@ def test_a_candidate_is_written_in_its_canonical_form(text: str, written: str) -
         ("bf16@", "is not format"),
         ("bf16@reference+index", "is not format"),
         ("bf16:two@reference", "scales 'two' is not one of one, checkpoint, calibrated"),
-        ("bf16@reference+colour=red", "unknown key 'colour'; known: index, read, reader"),
+        ("bf16@reference+colour=red", "unknown key 'colour'; known: index, read, reader, write"),
         ("bf16@reference+index=fp4", "index=fp4 is not one of model, fp8"),
         ("bf16@reference+read=bf16", "read=bf16 is not one of native, decoded"),
         ("bf16@reference+reader=e8m0", "reader=e8m0 is not one of exact, sm90_bf16, sm100_e8m0"),

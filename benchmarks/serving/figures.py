@@ -164,7 +164,8 @@ def show(found: dict[str, Any]) -> None:
             say(
                 f"  {arm:31} layer {layer}: values {at['values']:.2e} ({at['forced_values']:.2e}), output "
                 f"{at['output']:.2e} ({at['forced_output']:.2e}), recall {at['recall']:.5f}, row bytes equal "
-                f"{at['row_bytes_equal']:.6f}; on vLLM's query and rows: exact attention {at['attended']:.2e}, "
+                f"{at['row_bytes_equal']:.6f}; on vLLM's query and rows: exact attention {at['attended']:.2e} "
+                f"(rope at scale 1.0: {at['rope_at_one']:.2e}), "
                 f"the kernel {'n/a' if at['kernel_attended'] is None else format(at['kernel_attended'], '.2e')}; "
                 f"projections in float32 would change values by {at['projected']:.2e}"
             )

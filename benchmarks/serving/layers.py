@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def native_layers(plan: Plan, model: Any, arm: str, folder: Path) -> None:
     values, output: relative L2 on vLLM's input; `forced_` with its selection too. recall: of vLLM's selection.
     attended: relative L2 of values on vLLM's query, rows and selection, by this candidate's exact attention;
     kernel_attended: by the kernel of this project's backend, where it is installed. row_bytes_equal: share of bytes written
-    alike. projected: relative L2 between values with float32 projections and with the model's own, on the same input and
+    alike. rope_at_one: as attended, with the rope read at scale 1.0. projected: relative L2 between values with float32 projections and with the model's own, on the same input and
     selection.
     """
     rows = []
@@ -66,6 +67,10 @@ def layer_row(model: Any, layer: int, theirs: dict[str, Tensor]) -> dict[str, fl
         "kernel_attended": distance(attended(path, kernel, state.format, theirs, scales), theirs["values"])
         if runs
         else None,
+        # As a reader that leaves the rope's scale out; the same where there is none.
+        "rope_at_one": distance(
+            attended(path, state.backend, state.format, theirs, replace(scales, rope=1.0)), theirs["values"]
+        ),
         "row_bytes_equal": same_bytes(theirs, state.format, scales),
         "projected": distance(wide["values"], forced["values"]),
     }

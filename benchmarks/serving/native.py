@@ -29,10 +29,13 @@ def write_rule(plan: Plan) -> str:
 
 
 def native_arms(plan: Plan) -> dict[str, str]:
-    """This project's candidate for each of vLLM's formats: exact attention that reads as an SM90 kernel does."""
-    read = "@reference+index=fp8+reader=sm90_bf16"
+    """This project's candidate for each of vLLM's formats: exact attention that reads as an SM90 kernel does.
+
+    Rows are written as vLLM 0.33.0 writes them.
+    """
+    read = "@reference+index=fp8+reader=sm90_bf16+write=fused"
     return {
-        BF16: "bf16@reference+index=fp8",
+        BF16: "bf16@reference+index=fp8+write=fused",
         FP8: write_rule(plan) + read,
         ONE: f"fp8_e4m3:one{read}",
         CALIBRATED: f"fp8_e4m3:checkpoint{read}",

@@ -194,7 +194,7 @@ class SparseMLA(nn.Module):
     def _project(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], state: PathState
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q_resid [B, T, Q], q_latent [B, T, H, C], q_rope [B, T, H, R], latent [B, T, C], rope [B, T, R]."""
+        """q_resid [B, T, Q], q_latent [B, T, H, C], q_rope [B, T, H, R]; latent [B, T, C] and rope [B, T, R] to write."""
         cos, sin = position_embeddings
         q_resid = self.q_a_layernorm(self.q_a_proj(hidden))
         query = self.q_b_proj(q_resid).unflatten(-1, (self.heads, self.nope + self.rope))
@@ -205,9 +205,19 @@ class SparseMLA(nn.Module):
             q_resid,
             state.round(q_latent),
             state.round(rotate_interleaved(q_rope, cos[:, :, None], sin[:, :, None])),
-            state.round(self.kv_a_layernorm(latent)),
-            state.round(rotate_interleaved(rope, cos, sin)),
+            *self._to_write(latent, rope, cos, sin, state),
         )
+
+    def _to_write(
+        self, latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, state: PathState
+    ) -> tuple[Tensor, Tensor]:
+        """Latent [B, T, C] and rope [B, T, R] as the candidate's writer is given them, from what kv_a projects."""
+        norm = self.kv_a_layernorm
+        if state.candidate.write == "rounded":
+            return state.round(norm(latent)), state.round(rotate_interleaved(rope, cos, sin))
+        latent, rope = latent.float(), rope.float()
+        latent = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + float(norm.variance_epsilon))
+        return latent * norm.weight.float(), rotate_interleaved(rope, cos.float(), sin.float())
 
     def _write(self, state: PathState, rows: PagedLayer, slots: Tensor, latent: Tensor, rope: Tensor) -> None:
         assert rows.rows is not None

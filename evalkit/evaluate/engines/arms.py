@@ -47,7 +47,9 @@ def arms_of(
     found = [control, replace(first, against=control.name)]
     if damage is not None:
         name = damage_arm(str(baseline), damage)
-        found.append(Arm(name=name, candidate=baseline, batch_size=batch_size, damage=damage, tasks=endpoints))
+        found.append(
+            Arm(name=name, candidate=baseline, batch_size=batch_size, damage=damage, tasks=endpoints)
+        )
     return found + [replace(first, name=str(other), candidate=other, against=first.name) for other in others]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,14 +79,19 @@ def set_scales(model: Any, scales: dict[int, float]) -> int:
     return given
 
 
-def watch(model: Any, layers: bool) -> None:
-    """From now on keep the logits, and with `layers` what every attention layer reads and gives."""
+def watch(model: Any, layers: bool, operands: bool = False) -> None:
+    """From now on keep the logits, and with `layers` what every attention layer reads and gives.
+
+    With `operands` also what its writer rounds, and the query in latent space that its kernel is given.
+    """
     forget(model)
     processors = [module for module in model.modules() if type(module).__name__ == "LogitsProcessor"]
     HOOKS.extend(module.register_forward_hook(_logits) for module in processors)
     for layer, module in attention_layers(model) if layers else ():
         HOOKS.append(module.o_proj.register_forward_pre_hook(_values(layer)))
         HOOKS.append(module.register_forward_hook(_whole_layer(layer), with_kwargs=True))
+        if operands:
+            HOOKS.extend(_Operands.watch(layer, module))
 
 
 def forget(_model: Any) -> None:
@@ -170,6 +175,58 @@ def _values(layer: int) -> Any:
         _keep(layer, values=args[0])
 
     return hook
+
+
+@dataclass
+class _Replaced:
+    """A name of vLLM's that stands for something else until it is removed."""
+
+    names: dict[str, Any]
+    name: str
+    own: Any = None
+
+    def remove(self) -> None:
+        if self.own is None:
+            del self.names[self.name]
+        else:
+            self.names[self.name] = self.own
+
+
+class _Operands:
+    """Keeps a layer's query, and its latent and rope before they are rounded to its cache's format.
+
+    vLLM's writer computes latent and rope in float32 and rounds them to the format at once. It gives the same values
+    to tensors of the caller's, rounded to their dtype: here it is handed float32 ones.
+    """
+
+    written: ClassVar[tuple[Tensor, Tensor]]  # latent [T, C] and rope [T, R] of the layer that runs, float32
+
+    @classmethod
+    def watch(cls, layer: int, module: Any) -> Iterator[_Replaced]:
+        names, name = type(module).forward.__globals__, "fused_norm_rope"
+        own = names[name]
+        if not hasattr(own, "keeps_operands"):  # one function for all layers
+
+            def write(*args: Any, kv_c_out: Tensor, k_pe_out: Tensor, **kwargs: Any) -> Any:
+                cls.written = latent, rope = kv_c_out.float(), k_pe_out.float()
+                found = own(*args, kv_c_out=latent, k_pe_out=rope, **kwargs)
+                kv_c_out.copy_(latent)
+                k_pe_out.copy_(rope)
+                return found
+
+            write.keeps_operands = True  # type: ignore[attr-defined]
+            names[name] = write
+            yield _Replaced(names, name, own)
+        attend = module._sparse_indexer_and_attn
+
+        def attended(*args: Tensor) -> None:
+            """Called (…, query's latent [T, H, C], query's rope [T, H, R], output)."""
+            latent, rope = cls.written
+            _keep(layer, latent=latent, rope=rope, query=torch.cat(args[-3:-1], -1).flatten(1))
+            attend(*args)
+
+        module._sparse_indexer_and_attn = attended
+        yield _Replaced(vars(module), "_sparse_indexer_and_attn")
 
 
 def _keep(layer: int, **named: Tensor) -> None:

@@ -149,8 +149,10 @@ def launch(checkpoint: Path, candidate: str | Candidate, **options: Any) -> Laun
         raise InputError(
             f"{wanted}: vLLM writes indexer keys as fp8 with every candidate; leave index={wanted.index} out"
         )
-    if wanted.read != "native" or wanted.reader != "exact":
-        raise InputError(f"{wanted}: vLLM's kernels read in their own way; leave read= and reader= out")
+    if (wanted.read, wanted.reader, wanted.write) != ("native", "exact", "rounded"):
+        raise InputError(
+            f"{wanted}: vLLM's kernels read and write in their own way; leave read=, reader= and write= out"
+        )
     if wanted.scales != "one" and not options.get("scales"):
         raise InputError(f"{wanted} needs the scale of every layer: scales={{layer: scale}}")
     resolved = wanted.on(backend, format)

@@ -133,6 +133,7 @@ class VllmEngine:
         *,
         decode: int = 0,
         layers: bool = False,
+        operands: bool = False,
         told: Callable[[], None] | None = None,
     ) -> list[Path]:
         """One safetensors file a document, by its number: its logits [T, V], and with `layers` every layer's tensors.
@@ -143,6 +144,8 @@ class VllmEngine:
         Args:
             documents: token ids of each, T of them.
             decode: how many of the last tokens are decoded, one by one, after a prompt of the others.
+            operands: whether a layer's tensors include its query in latent space, and latent and rope before its writer
+                rounds them; in a folder of files with layers, all have them or none.
             told: called after each document.
 
         Raises:
@@ -169,7 +172,9 @@ class VllmEngine:
                 {"id": number, "ids": list(documents[number]), "file": str(files[number])}
                 for number in missing
             ]
-            message = {"do": "keep", "documents": asked, "decode": decode, "layers": layers}
+            message = {
+                "do": "keep", "documents": asked, "decode": decode, "layers": layers, "operands": operands,
+            }  # fmt: skip
             for reply in self._running().ask(message) if asked else ():
                 found = reply["kept"] | {"identity": identities[reply["kept"]["id"]]}
                 # Last, so that a file whose writing was cut off counts as missing.

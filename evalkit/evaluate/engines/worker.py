@@ -3,7 +3,7 @@
     {"do": "start", "launch": {…}}                         -> {"started": {…}}
     {"do": "generate", "prompts": [...], "logprobs": k}     -> {"answer": {…}} as they end
     {"do": "score", "spans": [...]}                        -> {"score": {…}} as they end
-    {"do": "keep", "documents": [...], "decode": d, "layers": false} -> {"kept": {…}}, one file a document
+    {"do": "keep", "documents": [...], "decode": d, "layers": false, "operands": false} -> {"kept": {…}}, one file a document
 
 and after each {"done": true}, {"refused": line} for what the caller can mend, or {"failed": line}. All else that is
 printed, vLLM's log included, goes to stderr.
@@ -104,7 +104,7 @@ class Held:
 
         Its last `decode` tokens are generated, one by one, whatever the model makes of them.
         """
-        self.llm.apply_model(partial(inside.watch, layers=message["layers"]))
+        self.llm.apply_model(partial(inside.watch, layers=message["layers"], operands=message["operands"]))
         try:
             for document in message["documents"]:
                 send({"kept": {"id": document["id"]} | self.shown(document, message["decode"])})
