@@ -212,7 +212,7 @@ class SparseMLA(nn.Module):
         self, latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, state: PathState
     ) -> tuple[Tensor, Tensor]:
         """Latent [B, T, C] and rope [B, T, R] as the candidate's writer is given them, from what kv_a projects."""
-        norm = self.kv_a_layernorm
+        norm: Any = self.kv_a_layernorm
         if state.candidate.write == "rounded":
             return state.round(norm(latent)), state.round(rotate_interleaved(rope, cos, sin))
         latent, rope = latent.float(), rope.float()
