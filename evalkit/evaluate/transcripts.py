@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
+from weakref import WeakKeyDictionary
 
 PROMPT_END = 240  # characters of the prompt that a sample keeps
 UNFINISHED = "\ufffd"
 WINDOW = 8  # tokens before one that its text may depend on
+
+# What every token decodes to alone, by tokenizer.
+_PIECES: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 
 class Transcript(TypedDict):
@@ -44,6 +48,23 @@ def transcript(row: dict[str, Any], ids: Sequence[int] | None, tokenizer: Any) -
 
 def characters(ids: Sequence[int], tokenizer: Any) -> list[int]:
     """How many characters each token adds to the text; a token that ends within a character adds none."""
+    pieces = [_piece(token, tokenizer) for token in ids]
+    text = "".join(pieces)
+    if UNFINISHED not in text and text == tokenizer.decode(ids, skip_special_tokens=True):
+        return [len(piece) for piece in pieces]
+    return _characters_in_context(ids, tokenizer)
+
+
+def _piece(token: int, tokenizer: Any) -> str:
+    """The text of one token alone."""
+    known = _PIECES.setdefault(tokenizer, {})
+    if token not in known:
+        known[token] = tokenizer.decode([token], skip_special_tokens=True)
+    return known[token]
+
+
+def _characters_in_context(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """The same where a token's text depends on the tokens before it."""
     added, start, shown = [], 0, 0  # `shown` characters of the text since token `start` were counted
     for stop in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:stop], skip_special_tokens=True)

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from evalkit.evaluate import transcripts
 from evalkit.evaluate.answers import DEGENERATE, EMPTY, LIMITED, compare_answers
 from evalkit.evaluate.transcripts import characters, transcript
 from evalkit.records import (
@@ -142,6 +143,7 @@ def test_a_character_of_several_tokens_belongs_to_the_one_that_ends_it():
         added = characters(ids, real)
         whole = real.decode(ids, skip_special_tokens=True)
         assert sum(added) == len(whole)
+        assert added == transcripts._characters_in_context(ids, real)
         place = 0
         for stop, count in enumerate(added, 1):
             place += count
