@@ -73,9 +73,11 @@ class Problem:
         chosen = [
             torch.randperm(slots, generator=draw, device=device)[:topk].sort().values for _ in range(queries)
         ]
+        # The path too makes one query of both parts.
+        query = torch.cat([normal(queries, heads, 512), normal(queries, heads, 64)], -1).bfloat16()
         return cls(
-            q_latent=normal(queries, heads, 512).bfloat16(),
-            q_rope=normal(queries, heads, 64).bfloat16(),
+            q_latent=query[..., :512],
+            q_rope=query[..., 512:],
             latent=(normal(slots, 512) * size).bfloat16(),
             rope=(normal(slots, 64) * size).bfloat16(),
             indices=torch.stack(chosen).int(),
@@ -186,7 +188,11 @@ def _bare_flashinfer(
     lengths = plan.take(indices)
     wrapper = plan.prepared(indices, lengths, 0, x.q_latent, latent.dtype, SM_SCALE)
     slots = indices.flatten().contiguous()
-    options |= {"out": torch.empty_like(x.q_latent), "return_lse": True, "return_lse_base_on_e": True}
+    options |= {
+        "out": x.q_latent.new_empty(x.q_latent.shape),
+        "return_lse": True,
+        "return_lse_base_on_e": True,
+    }
     options["lse"] = x.q_latent.new_empty(x.q_latent.shape[:2], dtype=torch.float32)
 
     def run() -> Any:

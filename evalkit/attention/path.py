@@ -157,7 +157,10 @@ class SparseMLA(nn.Module):
 
         assert rows.rows is not None
         scales = state.scales.get(self.layer_idx, Scales())
-        q_latent, q_rope = q_latent.flatten(0, 1), q_rope.flatten(0, 1)  # [B * T, H, C | R]
+        q_latent, q_rope = (
+            q_latent.flatten(0, 1),
+            q_rope.flatten(0, 1),
+        )  # [B * T, H, C | R], views of one query
         out, lse = state.backend.attend(
             q_latent, q_rope, rows.rows, state.format, indices, self.sm_scale, scales
         )
@@ -199,14 +202,26 @@ class SparseMLA(nn.Module):
         q_resid = self.q_a_layernorm(self.q_a_proj(hidden))
         query = self.q_b_proj(q_resid).unflatten(-1, (self.heads, self.nope + self.rope))
         q_nope, q_rope = query.split([self.nope, self.rope], -1)
-        q_latent = torch.einsum("bthn,hnc->bthc", q_nope, self._up_projections()[0])
+        query = self._absorbed(q_nope, rotate_interleaved(q_rope, cos[:, :, None], sin[:, :, None]))
         latent, rope = self.kv_a_proj_with_mqa(hidden).split([self.latent, self.rope], -1)
         return (
             q_resid,
-            state.round(q_latent),
-            state.round(rotate_interleaved(q_rope, cos[:, :, None], sin[:, :, None])),
+            *state.round(query).split([self.latent, self.rope], -1),
             *self._to_write(latent, rope, cos, sin, state),
         )
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """The query in latent space with its rope beside it, [B, T, H, C + R], as some kernels take it."""
+        up = self._up_projections()[0]
+        if torch.is_grad_enabled() or q_nope.device.type != "cuda":
+            return torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, up), q_rope], -1)
+        query = q_nope.new_empty(*q_nope.shape[:3], self.latent + self.rope)
+        place = (
+            query[..., : self.latent].flatten(0, 1).transpose(0, 1)
+        )  # [H, B * T, C]: written to without a copy
+        torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), up, out=place)
+        query[..., self.latent :] = q_rope
+        return query
 
     def _to_write(
         self, latent: Tensor, rope: Tensor, cos: Tensor, sin: Tensor, state: PathState

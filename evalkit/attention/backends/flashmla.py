@@ -74,7 +74,9 @@ class FlashMLA(BF16Operands):
         for start in range(0, max(1, len(indices)), ROWS_PER_CALL):
             part = slice(start, start + ROWS_PER_CALL)
             queries = len(indices[part])
-            query = assembled(q_latent[part], q_rope[part], max(queries, least), width)
+            query = _whole(q_latent[part], q_rope[part])
+            if query is None or query.shape[:2] != (max(queries, least), width):
+                query = assembled(q_latent[part], q_rope[part], max(queries, least), width)
             slots = _padded(indices[part], len(query), 64 if decodes else 128)
             out, lse = call(query, rows, slots, sm_scale)
             found.append(finished(out, lse, queries, heads))
@@ -121,6 +123,19 @@ def _results(out: Tensor, lse: Tensor, queries: int, heads: int) -> tuple[Tensor
     """
     lse = lse[:queries, :heads].nan_to_num(nan=torch.nan, posinf=-torch.inf, neginf=-torch.inf)
     return out[:queries, :heads].contiguous(), lse.contiguous()
+
+
+def _whole(q_latent: Tensor, q_rope: Tensor) -> Tensor | None:
+    """The contiguous query [T, H, C + R] that the two are views of; None where they are not."""
+    tokens, heads, width = q_latent.shape
+    whole = tokens, heads, width + q_rope.shape[2]
+    strides = heads * whole[2], whole[2], 1
+    if q_latent.untyped_storage().data_ptr() != q_rope.untyped_storage().data_ptr():
+        return None
+    beside = q_rope.storage_offset() - q_latent.storage_offset() == width
+    if not beside or not q_latent.stride() == q_rope.stride() == strides:
+        return None
+    return q_latent.as_strided(whole, strides)
 
 
 def _query(q_latent: Tensor, q_rope: Tensor, queries: int, heads: int) -> Tensor:
