@@ -36,7 +36,10 @@ LIBRARIES: dict[str, Callable[[], Path | None]] = {"FlashMLA": flashmla.library,
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A package here. version: that of what ships it, where it has none of its own; None where it does not say."""
+    """A package on this machine.
+
+    version: the package's own. Where it has none, the version of the package that ships it; None if that has none either.
+    """
 
     tested: VersionRange
     installed: bool

@@ -25,7 +25,7 @@ _part: ContextVar[str] = ContextVar("part", default="")
 
 @contextmanager
 def part(title: str) -> Iterator[None]:
-    """Name what the bars within are a part of, as in `tasks, arm 2 of 6`."""
+    """Name what the bars within are a part of, as in `arm 2 of 6, bf16@flashinfer`."""
     token = _part.set(f"{title}: ")
     try:
         yield

@@ -73,6 +73,15 @@ def test_operands_are_what_the_writer_rounds_and_what_the_kernel_is_given(model)
         assert torch.equal(layer.given[0][0], latent.bfloat16())
 
 
+def test_a_query_outside_latent_space_is_refused(model):
+    inside.watch(model, layers=True, operands=True)
+    run(model)
+    (layer, *_) = (layer["attention"] for layer in model["model"]["layers"])
+    dense = torch.zeros(5, HEADS, LATENT // 2), torch.zeros(5, HEADS, ROPE)
+    with pytest.raises(ValueError, match="layer 0: .* the query is not in latent space"):
+        layer._sparse_indexer_and_attn(torch.arange(5), *dense, torch.zeros(5, HEADS * LATENT))
+
+
 def test_nothing_of_vllms_is_left_replaced(model):
     own, (_, layers, without) = fused_norm_rope, run(model)
     inside.watch(model, layers=True, operands=True)

@@ -324,7 +324,7 @@ def test_gpus_are_shared_out_to_arms_and_their_engines(small, sizes, rooms, monk
 
 
 def test_a_gpu_that_is_named_several_times_takes_as_many_engines_at_once(small):
-    """Each is told how much its cache may take, since vLLM cannot measure what is free while another one starts."""
+    """Each engine has a fixed cache size. vLLM cannot measure the free memory while another engine starts."""
     config = RunConfig(
         engine="vllm", stages=("tasks",), tasks=(TASK,), task_documents=1, gpus=("0", "0", "1")
     )

@@ -222,7 +222,15 @@ class _Operands:
         def attended(*args: Tensor) -> None:
             """Called (…, query's latent [T, H, C], query's rope [T, H, R], output)."""
             latent, rope = cls.written
-            _keep(layer, latent=latent, rope=rope, query=torch.cat(args[-3:-1], -1).flatten(1))
+            q_latent, q_rope = args[-3:-1]
+            widths = q_latent.shape[-1], q_rope.shape[-1]
+            if widths != (latent.shape[-1], rope.shape[-1]):
+                raise ValueError(
+                    f"layer {layer}: the query's parts are {widths[0]} and {widths[1]} wide, the row's "
+                    f"{latent.shape[-1]} and {rope.shape[-1]}; the query is not in latent space, as where prompts of at "
+                    "most top-k tokens are attended densely"
+                )
+            _keep(layer, latent=latent, rope=rope, query=torch.cat([q_latent, q_rope], -1).flatten(1))
             attend(*args)
 
         module._sparse_indexer_and_attn = attended
