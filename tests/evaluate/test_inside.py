@@ -78,7 +78,7 @@ def test_a_query_outside_latent_space_is_refused(model):
     run(model)
     (layer, *_) = (layer["attention"] for layer in model["model"]["layers"])
     dense = torch.zeros(5, HEADS, LATENT // 2), torch.zeros(5, HEADS, ROPE)
-    with pytest.raises(ValueError, match="layer 0: .* the query is not in latent space"):
+    with pytest.raises(ValueError, match=r"layer 0: .* the query is not in latent space"):
         layer._sparse_indexer_and_attn(torch.arange(5), *dense, torch.zeros(5, HEADS * LATENT))
 
 
