@@ -34,7 +34,7 @@ from evalkit.evaluate import lm as lm_module
 from evalkit.evaluate.engines.decoding import Decoder
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import load_tasks
-from evalkit.model.load import resolve_checkpoint
+from evalkit.model.checkpoint import resolve_checkpoint
 
 BATCH_SIZES = (256, 128, 64, 32, 16, 8)
 WARM_UP_TOKENS = 24  # more than one round of steps, so that what is recorded once is

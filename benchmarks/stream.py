@@ -24,7 +24,7 @@ from evalkit import environment
 from evalkit.compare import noise
 from evalkit.compare.layers import compare
 from evalkit.errors import InputError
-from evalkit.model.load import weight_files
+from evalkit.model.checkpoint import weight_files
 from evalkit.model.stream import stream
 from evalkit.model.synth import synth, synth_config
 from evalkit.records import LayerRecord, only

@@ -17,7 +17,8 @@ from evalkit.evaluate.texts import text_of_line
 from evalkit.kv import Scales
 from evalkit.kv.scale_files import refuse_file, refuse_overlay, write_overlay, write_scales
 from evalkit.model import rescale
-from evalkit.model.load import load_reference, resolve_checkpoint
+from evalkit.model.checkpoint import resolve_checkpoint
+from evalkit.model.load import load_reference
 from evalkit.model.profile import load_profile
 from evalkit.progress import progress
 

@@ -32,7 +32,8 @@ from evalkit.gate.policy import load as load_policy
 from evalkit.kv import Scales
 from evalkit.kv.aliases import BF16_NAMES
 from evalkit.model import rescale
-from evalkit.model.load import load_reference, resolve_checkpoint
+from evalkit.model.checkpoint import resolve_checkpoint
+from evalkit.model.load import load_reference
 from evalkit.model.profile import load_profile
 from evalkit.model.shards import sampled_identity
 from evalkit.model.stream import should_stream, stream

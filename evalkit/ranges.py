@@ -13,7 +13,8 @@ from evalkit.calibrate import read_prompts
 from evalkit.errors import InputError
 from evalkit.evaluate.documents import range_documents
 from evalkit.evaluate.lm import EvalkitLM
-from evalkit.model.load import load_reference, resolve_checkpoint
+from evalkit.model.checkpoint import resolve_checkpoint
+from evalkit.model.load import load_reference
 from evalkit.model.profile import PARTS, to_toml
 from evalkit.model.spread import measure
 from evalkit.progress import progress

@@ -12,7 +12,7 @@ import torch
 
 from evalkit import cli, pipeline, prepare
 from evalkit.config import RunConfig
-from evalkit.model.load import EMBEDDED
+from evalkit.model.checkpoint import EMBEDDED
 from evalkit.records import RunDirectory
 from tests.conftest import random_model
 

@@ -19,7 +19,7 @@ from evalkit import environment
 from evalkit.errors import InputError
 from evalkit.gate import policy as policies
 from evalkit.gate.planning import plan as plan_documents
-from evalkit.model.load import EMBEDDED
+from evalkit.model.checkpoint import EMBEDDED
 from tests.conftest import random_model
 
 ROOT = Path(decisions.__file__).parents[2]

@@ -20,7 +20,7 @@ from evalkit import cli, environment, pipeline, prepare, versions
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.documents import CALIBRATION_DOCUMENTS, calibration_documents
-from evalkit.model.load import EMBEDDED
+from evalkit.model.checkpoint import EMBEDDED
 from evalkit.records import (
     AnswerLengthRecord,
     AttributionRecord,

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.serving.figures import answers, proof_line, report_step
 from benchmarks.serving.native import ARM, native_step
 from benchmarks.serving.plan import ARMS, BF16, FP8, Plan, say
-from evalkit.model.load import resolve_checkpoint
+from evalkit.model.checkpoint import resolve_checkpoint
 
 STEPS = ("vllm", "native", "report")
 SIDE_BY_SIDE = 0.6

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.serving.plan import Plan, say
 from evalkit.attention import backends
 from evalkit.attention.backends import Backend
-from evalkit.attention.cache import BLOCK
+from evalkit.attention.paged_layer import BLOCK
 from evalkit.compare.capture import Capture
 from evalkit.compare.metrics import compare
 from evalkit.compare.selection import recall

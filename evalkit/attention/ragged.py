@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evalkit.attention.cache import BLOCK, PagedCache
+from evalkit.attention.cache import PagedCache
+from evalkit.attention.paged_layer import BLOCK
 
 
 class Ragged:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from evalkit.attention.path import AttentionCall
+    from evalkit.attention.state import AttentionCall
 
 ATTENTION_PROBES: Final = frozenset(
     {"latent", "rope", "index_scores", "selection", "attention", "values", "output", "routing"}

@@ -172,7 +172,9 @@ class LayerStream:
             if subject.candidate.scales == "calibrated" and not subject.scales:
                 assert isinstance(subject.scales, dict)
                 self.calibrated.append((kv.get(subject.candidate.format), subject.scales))
-        self.calibration = LayerStream(model, calibration, [], 0, lambda: None) if self.calibrated else None
+        self.calibration: LayerStream | None = (
+            LayerStream(model, calibration, [], 0, lambda: None) if self.calibrated else None
+        )
         self.arms = [arm for subject in subjects for arm in arms_of(subject)]
         with torch.no_grad():
             embed = model.model.embed_tokens

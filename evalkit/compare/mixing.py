@@ -21,7 +21,7 @@ from evalkit.attention.backends.decoded import Decoded
 from evalkit.attention.backends.emulated import Emulated
 from evalkit.attention.backends.readers import Reader
 from evalkit.attention.backends.sm100 import arithmetic
-from evalkit.attention.path import PathState
+from evalkit.attention.state import PathState
 from evalkit.candidate import Candidate
 from evalkit.compare.arms import REFERENCE
 from evalkit.kv import RowFormat, Scales

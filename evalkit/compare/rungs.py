@@ -20,7 +20,7 @@ from evalkit.attention import backends
 from evalkit.attention.backends.reference import Reference
 
 if TYPE_CHECKING:
-    from evalkit.attention.path import AttentionCall
+    from evalkit.attention.state import AttentionCall
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,28 +14,41 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from evalkit.compare.arms import Arm
+from evalkit.compare.watch import Watch
 from evalkit.compare.worst import Trace
-from evalkit.kv import Scales
+from evalkit.kv import RowFormat, Scales
 
-if TYPE_CHECKING:
-    from evalkit.compare.arms import Arm
-    from evalkit.compare.layers import LayerStream
+
+class Stream(Protocol):
+    """What lives from layer to layer, as `compare.layers.LayerStream` says."""
+
+    model: Any
+    arms: list[Arm]
+    inputs: list[Tensor]
+    hidden: dict[tuple[Arm, int], Tensor]
+    selections: dict[tuple[Arm | None, int], Tensor]
+    calibrated: list[tuple[RowFormat, dict[int, Scales]]]
+    watch: Watch
+
+    @property
+    def calibration(self) -> Stream | None: ...
 
 
 class Keeper(Protocol):
     """What is told of each layer that is done, and may have a comparison begin behind some."""
 
-    def restore(self, stream: LayerStream) -> int:
+    def restore(self, stream: Stream) -> int:
         """Give the stream what was kept; returns the layer to go on with."""
 
-    def keep(self, stream: LayerStream, layer: int) -> None:
+    def keep(self, stream: Stream, layer: int) -> None:
         """Note that a layer is done."""
 
 
@@ -64,7 +77,7 @@ class LayerState:
     def __exit__(self, *exc: object) -> None:
         self._writer.shutdown(wait=True)
 
-    def restore(self, stream: LayerStream) -> int:
+    def restore(self, stream: Stream) -> int:
         """Give the stream what the file holds; returns the layer to go on with, 0 without a state."""
         if not self.records_bytes:
             return 0
@@ -80,7 +93,7 @@ class LayerState:
             scales |= {int(layer): Scales(**one) for layer, one in found.items()}
         return int(self._held["layer"]) + 1
 
-    def keep(self, stream: LayerStream, layer: int) -> None:
+    def keep(self, stream: Stream, layer: int) -> None:
         """Note that a layer is done. Its records have been given to the file that `sync` puts on disk."""
         if self._writing is not None:
             self._writing.result()
@@ -129,7 +142,7 @@ def _metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def _named(stream: LayerStream) -> list[tuple[str, Tensor]]:
+def _named(stream: Stream) -> list[tuple[str, Tensor]]:
     """All tensors that live from layer to layer, by a name that `_place` understands."""
     found = [(f"inputs {number}", value) for number, value in enumerate(stream.inputs)]
     found += [
@@ -151,7 +164,7 @@ def _named(stream: LayerStream) -> list[tuple[str, Tensor]]:
     return found
 
 
-def _restore_traces(stream: LayerStream, tensors: Mapping[str, Tensor], limits: Any) -> None:
+def _restore_traces(stream: Stream, tensors: Mapping[str, Tensor], limits: Any) -> None:
     for candidate, by_layer in limits.items():
         trace = stream.watch.traces.setdefault(candidate, Trace())
         for layer, limit in by_layer.items():
@@ -163,7 +176,7 @@ def _restore_traces(stream: LayerStream, tensors: Mapping[str, Tensor], limits: 
                 getattr(trace, kind)[int(layer)] = parts
 
 
-def _place(stream: LayerStream, name: str) -> tuple[Any, Any]:
+def _place(stream: Stream, name: str) -> tuple[Any, Any]:
     """The container and the key in it of what `_named` called so."""
     kind, _, rest = name.partition(" ")
     if kind == "calibration":
@@ -175,6 +188,6 @@ def _place(stream: LayerStream, name: str) -> tuple[Any, Any]:
     return getattr(stream, kind), (stream.arms[arm] if arm >= 0 else None, number)
 
 
-def _number(stream: LayerStream, arm: Arm | None) -> int:
+def _number(stream: Stream, arm: Arm | None) -> int:
     """An arm's place among the stream's; -1 is the reference."""
     return -1 if arm is None else stream.arms.index(arm)

@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache
 from evalkit import kv
 from evalkit.attention import backends
 from evalkit.attention.cache import ARGUMENT, OLD_ARGUMENT, PagedCache
-from evalkit.attention.path import PathState, SparseMLA
+from evalkit.attention.path import SparseMLA
+from evalkit.attention.state import PathState
 from evalkit.candidate import BEST, Candidate
 from evalkit.errors import InputError
 from evalkit.kv import Scales
@@ -204,3 +205,17 @@ def _intercept_generate(model: Any, new_cache: Callable[[], PagedCache]) -> None
         return result
 
     model._prepare_cache_for_generation = prepared
+
+
+def graft(
+    model: Any,
+    candidate: Candidate | str = "bf16@reference",
+    scales: Mapping[int, Scales] | None = None,
+    rounding: torch.dtype | None = None,
+) -> Any:
+    """Graft the path onto a loaded model and make `candidate` its own; returns the model."""
+    model.evalkit = Graft(model, rounding)
+    model.evalkit.scales = dict(scales or {})
+    model.evalkit.candidate = model.evalkit.resolve(candidate)
+    model.evalkit.new_cache()  # refuses missing scales now, not at the first token
+    return model

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from evalkit import kv
-from evalkit.attention.cache import BLOCK, PagedCache
+from evalkit.attention.cache import PagedCache
+from evalkit.attention.paged_layer import BLOCK
 from evalkit.candidate import Candidate
 from evalkit.records import CandidateRecord
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from evalkit.errors import InputError
-from evalkit.model.load import weight_files
+from evalkit.model.checkpoint import weight_files
 
 DTYPES: Final = {
     "F64": torch.float64,

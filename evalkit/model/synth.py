@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from evalkit.errors import InputError
+from evalkit.model.checkpoint import EMBEDDED, read_config
 from evalkit.model.dims import DIMS, QUANTIZATION
 from evalkit.model.fp8_weights import SCALE_SUFFIX, quantise, scale_shape
-from evalkit.model.load import EMBEDDED, read_config
 
 BLOCK: Final = (128, 128)
 SHARD_BYTES: Final = 4 << 30

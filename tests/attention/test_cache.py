@@ -13,7 +13,7 @@ from evalkit import kv
 from evalkit.attention.cache import ARGUMENT, OLD_ARGUMENT
 from evalkit.errors import InputError
 from evalkit.kv import Scales
-from evalkit.model.load import graft
+from evalkit.model.graft import graft
 
 
 def prompt(length: int = 90, batch: int = 2) -> Tensor:

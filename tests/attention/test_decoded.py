@@ -16,7 +16,7 @@ from evalkit.attention.backends.flashmla import FlashMLA
 from evalkit.attention.backends.readers import READERS
 from evalkit.errors import InputError
 from evalkit.kv import Scales
-from evalkit.model.load import graft
+from evalkit.model.graft import graft
 
 SM_SCALE = 192**-0.5
 SCALES = Scales(latent=0.0123, rope=0.0171)  # neither is a bf16 number

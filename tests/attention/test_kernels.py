@@ -131,7 +131,7 @@ def test_a_batch_of_many_more_rows_than_one_launch_takes_is_as_near_to_exact_att
 def test_the_model_runs_on_every_kernel_and_agrees_with_the_reference(
     read: tuple[backends.Backend, kv.RowFormat], make_model: object
 ) -> None:
-    from evalkit.model.load import graft
+    from evalkit.model.graft import graft
 
     backend, format = read
     model = graft(make_model().bfloat16().cuda(), f"{format.name}@reference")  # type: ignore[operator]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from evalkit.attention.ragged import Ragged
-from evalkit.model.load import graft
+from evalkit.model.graft import graft
 
 LENGTHS = (40, 33, 70)  # more than the models' top-k of 32
 COLUMNS = 90

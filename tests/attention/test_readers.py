@@ -14,7 +14,7 @@ from evalkit.attention.backends.readers import READERS
 from evalkit.candidate import KEYS
 from evalkit.errors import InputError
 from evalkit.kv import Scales
-from evalkit.model.load import graft
+from evalkit.model.graft import graft
 
 
 def rows(name: str) -> tuple[kv.RowFormat, Tensor]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evalkit
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import run_tasks
-from evalkit.model.load import EMBEDDED
+from evalkit.model.checkpoint import EMBEDDED
 
 DIRECTORY = EMBEDDED / "dsa-nano"
 

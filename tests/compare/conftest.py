@@ -10,7 +10,7 @@ import torch
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
 from evalkit.attention.backends.base import backends
-from evalkit.model.load import graft
+from evalkit.model.graft import graft
 from tests.compare.planted import Plant, Planted
 
 SIZES: dict[str, Any] = {

@@ -23,7 +23,8 @@ from evalkit.kv import Scales
 from evalkit.kv.base import formats
 from evalkit.kv.bf16 import Bf16
 from evalkit.kv.scales import ReadScale
-from evalkit.model.load import load, resolve_checkpoint
+from evalkit.model.checkpoint import resolve_checkpoint
+from evalkit.model.load import load
 from evalkit.records import AttributionRecord, LayerRecord, TokenRecord, only, to_line
 
 CALIBRATED = Candidate.parse("fp8_e4m3:calibrated@reference")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evalkit.attention.cache import PagedLayer
+from evalkit.attention.paged_layer import PagedLayer
 from evalkit.candidate import Candidate
 from evalkit.compare.arms import REFERENCE
 from evalkit.compare.phases import PHASES, Way, compare_phases, count_phase_passes

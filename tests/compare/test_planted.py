@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evalkit.attention.path import PathState, SparseMLA
+from evalkit.attention.path import SparseMLA
+from evalkit.attention.state import PathState
 from evalkit.candidate import Candidate
 from evalkit.compare.arms import REFERENCE
 from evalkit.compare.divergence import divergences

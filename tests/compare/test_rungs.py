@@ -11,7 +11,7 @@ import torch
 
 from evalkit import kv
 from evalkit.attention import backends
-from evalkit.attention.path import AttentionCall
+from evalkit.attention.state import AttentionCall
 from evalkit.compare.metrics import relative_l2
 from evalkit.compare.noise import HALF_ULP, kernel_floor, row_noise
 from evalkit.compare.rungs import rungs

@@ -135,7 +135,7 @@ def test_characters_add_up_to_the_text(tokenizer):
 def test_a_character_of_several_tokens_belongs_to_the_one_that_ends_it():
     from transformers import AutoTokenizer
 
-    from evalkit.model.load import EMBEDDED
+    from evalkit.model.checkpoint import EMBEDDED
 
     real = AutoTokenizer.from_pretrained(EMBEDDED / "dsa-nano")
     for text in ("a\U0001f600b", "naïve r12 = 40; " * 12 + "\U0001f600", "日本語 text"):

@@ -15,7 +15,8 @@ from evalkit.evaluate.kld import PROMPT, RESPONSE, TEXT, Passage, divergences, p
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import load_tasks
 from evalkit.evaluate.texts import read_texts
-from evalkit.model.load import EMBEDDED, graft
+from evalkit.model.checkpoint import EMBEDDED
+from evalkit.model.graft import graft
 from evalkit.records import CandidateRecord, EnvironmentRecord, RunDirectory, SampleRecord
 from tests.conftest import random_model
 from tests.test_records import example

@@ -15,7 +15,7 @@ from evalkit.evaluate.engines.endpoint import UNSEEN
 from evalkit.evaluate.engines.on_endpoints import EndpointScorer
 from evalkit.evaluate.engines.on_vllm import VllmScorer
 from evalkit.evaluate.engines.vllm import ANSWERS, PROOF
-from evalkit.model.load import EMBEDDED
+from evalkit.model.checkpoint import EMBEDDED
 from evalkit.records import (
     CandidateRecord,
     EnvironmentRecord,

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from evalkit.evaluate.engines.stops import SILENT_TOKENS, Stops
-from evalkit.model.load import resolve_checkpoint
+from evalkit.model.checkpoint import resolve_checkpoint
 
 UNTIL = [["."], ["Answer:", "\n\n"], ["é"], ["the code "], ["日本"], []]
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 import evalkit
 from evalkit.attention.backends.reference import Reference
-from evalkit.attention.cache import BLOCK
+from evalkit.attention.paged_layer import BLOCK
 from evalkit.evaluate.engines import decoding, timing
 from evalkit.evaluate.engines.base import Label, Prompt, Span
 from evalkit.evaluate.engines.decoding import TIMED_CALLS, Decoder

@@ -14,7 +14,7 @@ from evalkit.gate.contradictions import WORDS
 from evalkit.gate.evidence import Evidence
 from evalkit.gate.policy import load
 from evalkit.gate.verdict import judge
-from evalkit.model.load import EMBEDDED
+from evalkit.model.checkpoint import EMBEDDED
 from evalkit.records import EnvironmentRecord, PolicyRecord, RunDirectory, StageRecord, only
 from evalkit.report import bundle
 from tests.conftest import random_model

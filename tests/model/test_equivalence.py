@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evalkit.attention.cache import ARGUMENT
-from evalkit.model.load import graft
+from evalkit.model.graft import graft
 
 LENGTH = 96  # three times the models' top-k of 32
 

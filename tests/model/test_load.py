@@ -16,7 +16,9 @@ import evalkit
 from evalkit import environment, kv
 from evalkit.errors import InputError
 from evalkit.kv import Scales
-from evalkit.model.load import graft, load_reference, resolve_checkpoint
+from evalkit.model.checkpoint import resolve_checkpoint
+from evalkit.model.graft import graft
+from evalkit.model.load import load_reference
 from evalkit.model.proof import bytes_per_token
 from evalkit.model.stream import stream
 

@@ -23,7 +23,8 @@ from evalkit.evaluate.lm import EvalkitLM
 from evalkit.kv import Scales
 from evalkit.kv.scale_files import write_overlay
 from evalkit.model import profile as profiles
-from evalkit.model.load import EMBEDDED, graft
+from evalkit.model.checkpoint import EMBEDDED
+from evalkit.model.graft import graft
 from evalkit.model.profile import Curves, Profile, Range, load_profile
 from evalkit.model.rescale import Rescaled, apply, exponents, multiply, record
 from evalkit.model.spread import Spread, measure

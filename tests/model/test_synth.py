@@ -16,8 +16,8 @@ from evalkit import cli
 from evalkit.compare.layers import LayerStream
 from evalkit.errors import InputError
 from evalkit.model import synth as module
+from evalkit.model.checkpoint import resolve_checkpoint
 from evalkit.model.dims import DIMS
-from evalkit.model.load import resolve_checkpoint
 from evalkit.model.shards import stored_tensors
 from evalkit.model.stream import stream
 from evalkit.model.synth import changes_of, synth, synth_bytes, synth_config

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evalkit.attention.backends import Backend
-from evalkit.attention.cache import BLOCK
+from evalkit.attention.paged_layer import BLOCK
 from evalkit.attention.ragged import Ragged
 from evalkit.evaluate.damage import generators
 from evalkit.evaluate.engines.timing import Call, clock

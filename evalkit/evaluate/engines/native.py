@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from evalkit import kv
-from evalkit.attention.cache import BLOCK
+from evalkit.attention.paged_layer import BLOCK
 from evalkit.errors import InputError
 from evalkit.evaluate.damage import damaging
 from evalkit.evaluate.engines import plain

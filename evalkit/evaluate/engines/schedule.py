@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evalkit.attention.cache import BLOCK
+from evalkit.attention.paged_layer import BLOCK
 
 # Tokens of one prefill for each sequence that decodes: a batch size fixes both shapes, and half of it halves both, down
 # to one prompt a pass.

@@ -25,7 +25,7 @@ from evalkit.evaluate.engines.at_once import Running, at_once
 from evalkit.evaluate.engines.shown import Shown
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.tasks import ask, load_tasks
-from evalkit.model.load import read_json
+from evalkit.model.checkpoint import read_json
 from evalkit.records import CandidateRecord, file_name
 
 FOLDER = "engines"
