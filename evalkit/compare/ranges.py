@@ -8,7 +8,7 @@ from typing import Final
 
 from torch import Tensor
 
-from evalkit.kv.e4m3 import E4M3_MAX, TILE
+from evalkit.kv.numerics.e4m3 import E4M3_MAX, TILE
 from evalkit.records import MissingScaleRecord
 
 # A scale of max|x| / 448 is rounded to float32 at best: the largest value must not count as beyond it.

@@ -13,7 +13,7 @@ from evalkit.kv.scales import (
     truncate_to_e8m0,
 )
 
-formats.discover(__name__)
+formats.discover(f"{__name__}.rows")
 get = formats.get
 names = formats.names
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evalkit.errors import InputError
-from evalkit.kv.e4m3 import E4M3_MAX
+from evalkit.kv.numerics.e4m3 import E4M3_MAX
 
 ReadScale = Callable[[Tensor], Tensor]
 

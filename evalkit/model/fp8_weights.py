@@ -7,7 +7,7 @@ from torch import Tensor
 
 from evalkit.environment import has_triton
 from evalkit.errors import InputError
-from evalkit.kv.e4m3 import E4M3_MAX
+from evalkit.kv.numerics.e4m3 import E4M3_MAX
 
 SCALE_SUFFIX = "_scale_inv"
 

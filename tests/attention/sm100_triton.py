@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evalkit.attention.backends.sm100 import arithmetic, kernel
 from evalkit.attention.backends.sm100.arithmetic import ProbModel
-from evalkit.kv.e4m3 import to_e4m3
+from evalkit.kv.numerics.e4m3 import to_e4m3
 from tests.attention.test_emulated import given, relative
 
 

@@ -19,7 +19,7 @@ from evalkit.compare.layers import compare
 from evalkit.compare.noise import kernel_floor
 from evalkit.errors import InputError
 from evalkit.kv import Scales
-from evalkit.kv.e4m3 import to_e4m3
+from evalkit.kv.numerics.e4m3 import to_e4m3
 from evalkit.model.graft import graft
 from evalkit.records import LayerRecord
 from tests.interpreter import interpret

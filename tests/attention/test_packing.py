@@ -57,7 +57,7 @@ def test_a_format_that_decodes_in_its_own_way_does_not_inherit_a_layout() -> Non
 
 def test_every_code_of_four_bits_has_one_value_whether_compiled_or_not() -> None:
     """Signs of zero included, which arithmetic on floats may lose."""
-    from evalkit.kv.e2m1 import from_e2m1
+    from evalkit.kv.numerics.e2m1 import from_e2m1
 
     codes = torch.arange(16, dtype=torch.uint8)
     sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

@@ -21,7 +21,7 @@ from evalkit.compare.mixing import MixedRows, components, mix
 from evalkit.errors import InputError
 from evalkit.kv import Scales
 from evalkit.kv.base import formats
-from evalkit.kv.bf16 import Bf16
+from evalkit.kv.rows.bf16 import Bf16
 from evalkit.kv.scales import ReadScale
 from evalkit.model.checkpoint import resolve_checkpoint
 from evalkit.model.load import load

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from evalkit.kv.e2m1 import from_e2m1, pack, to_e2m1, unpack
+from evalkit.kv.numerics.e2m1 import from_e2m1, pack, to_e2m1, unpack
 from tests.kv.codes import E2M1, encode
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from evalkit.kv.e4m3 import divide, power_of_two_scale, tile_amax, to_e4m3
+from evalkit.kv.numerics.e4m3 import divide, power_of_two_scale, tile_amax, to_e4m3
 from tests.kv.codes import E4M3, encode
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from evalkit import kv
 from evalkit.attention.backends.readers import READERS
 from evalkit.kv import RowFormat, Scales, index
-from evalkit.kv.e2m1 import GROUP
-from evalkit.kv.e4m3 import TILE
 from evalkit.kv.index import IndexFormat
+from evalkit.kv.numerics.e2m1 import GROUP
+from evalkit.kv.numerics.e4m3 import TILE
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis makes the numbers: pip install -e .[dev]")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies

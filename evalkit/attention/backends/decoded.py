@@ -28,7 +28,7 @@ from evalkit import kv
 from evalkit.attention.backends.base import Backend, BF16Operands
 from evalkit.errors import InputError
 from evalkit.kv import RowFormat, Scales, pages, round_to_bf16
-from evalkit.kv.e4m3 import constant
+from evalkit.kv.numerics.e4m3 import constant
 
 Decoder = Callable[[tuple[Tensor, ...], Tensor | None, Any], Tensor]
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from evalkit.kv.e4m3 import E4M3_MAX, divide
 from evalkit.kv.index.base import index_formats
 from evalkit.kv.index.indexer_fp8_ue8m0 import SMALLEST_AMAX, IndexerFp8Ue8m0
+from evalkit.kv.numerics.e4m3 import E4M3_MAX, divide
 
 
 @index_formats.register

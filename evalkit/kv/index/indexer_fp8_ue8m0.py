@@ -7,8 +7,8 @@ vLLM's `indexer_k_quant_and_cache` with "ue8m0", which it uses at every KV dtype
 import torch
 from torch import Tensor
 
-from evalkit.kv.e4m3 import E4M3_MAX, divide, next_power_of_two, tile_amax, to_e4m3
 from evalkit.kv.index.base import IndexFormat, Keys, index_formats
+from evalkit.kv.numerics.e4m3 import E4M3_MAX, divide, next_power_of_two, tile_amax, to_e4m3
 
 SMALLEST_AMAX = 1e-4
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evalkit.errors import InputError
 from evalkit.kv import RowFormat, Scales
-from evalkit.kv.e4m3 import E4M3_MAX, constant, to_e4m3
+from evalkit.kv.numerics.e4m3 import E4M3_MAX, constant, to_e4m3
 
 LATENT = 512
 LOG2_E = math.log2(math.e)

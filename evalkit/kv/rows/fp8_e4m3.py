@@ -9,8 +9,8 @@ from torch import Tensor
 
 from evalkit.kv import pages
 from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
-from evalkit.kv.e4m3 import constant, divide, to_e4m3
 from evalkit.kv.layout import Layout, Part
+from evalkit.kv.numerics.e4m3 import constant, divide, to_e4m3
 from evalkit.kv.scales import ReadScale, Scales
 
 

@@ -17,16 +17,9 @@ from torch import Tensor
 
 from evalkit.kv import pages
 from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
-from evalkit.kv.e2m1 import (
-    E2M1_MAX,
-    GROUP,
-    as_groups,
-    decode_groups,
-    encode_groups,
-    group_amax,
-)
-from evalkit.kv.e4m3 import constant, divide, to_e4m3
 from evalkit.kv.layout import Layout, Part
+from evalkit.kv.numerics.e2m1 import E2M1_MAX, GROUP, as_groups, decode_groups, encode_groups, group_amax
+from evalkit.kv.numerics.e4m3 import constant, divide, to_e4m3
 from evalkit.kv.scales import ReadScale, Scales
 
 SMALLEST_SCALE = 2.0**-9

@@ -6,7 +6,7 @@ There is no code for infinity or NaN. Two codes share a byte, the even element i
 import torch
 from torch import Tensor
 
-from evalkit.kv.e4m3 import tile_amax
+from evalkit.kv.numerics.e4m3 import tile_amax
 
 E2M1_MAX = 6.0
 GROUP = 16

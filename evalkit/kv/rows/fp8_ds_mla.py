@@ -8,8 +8,8 @@ from torch import Tensor
 
 from evalkit.kv import pages
 from evalkit.kv.base import RowFormat, Rows, as_bytes, formats
-from evalkit.kv.e4m3 import TILE, as_tiles, decode_tiles, encode_tiles, power_of_two_scale
 from evalkit.kv.layout import Layout, Part
+from evalkit.kv.numerics.e4m3 import TILE, as_tiles, decode_tiles, encode_tiles, power_of_two_scale
 from evalkit.kv.scales import ReadScale, Scales
 
 

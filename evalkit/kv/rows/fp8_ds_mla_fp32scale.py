@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from evalkit.kv.base import formats
-from evalkit.kv.e4m3 import E4M3_MAX, divide, tile_amax
-from evalkit.kv.fp8_ds_mla import Fp8DsMla
+from evalkit.kv.numerics.e4m3 import E4M3_MAX, divide, tile_amax
+from evalkit.kv.rows.fp8_ds_mla import Fp8DsMla
 
 
 @formats.register

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from evalkit.kv.base import PlanarFormat, as_bytes, formats
-from evalkit.kv.e4m3 import (
+from evalkit.kv.layout import Layout, Part
+from evalkit.kv.numerics.e4m3 import (
     TILE,
     as_tiles,
     constant,
@@ -20,7 +21,6 @@ from evalkit.kv.e4m3 import (
     power_of_two_scale,
     to_e4m3,
 )
-from evalkit.kv.layout import Layout, Part
 from evalkit.kv.scales import ReadScale, Scales
 
 

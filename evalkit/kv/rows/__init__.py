@@ -1,0 +1,1 @@
+"""The formats of a stored row, one a file."""
