@@ -25,8 +25,8 @@ from evalkit.compare import noise
 from evalkit.compare.layers import compare
 from evalkit.errors import InputError
 from evalkit.model.checkpoint import weight_files
-from evalkit.model.stream import stream
-from evalkit.model.synth import synth, synth_config
+from evalkit.model.synthetic.synth import synth, synth_config
+from evalkit.model.weights.stream import stream
 from evalkit.records import LayerRecord, only
 
 CANDIDATES = (

@@ -16,10 +16,10 @@ from evalkit.evaluate.lm import EvalkitLM
 from evalkit.evaluate.texts import text_of_line
 from evalkit.kv import Scales
 from evalkit.kv.scale_files import refuse_file, refuse_overlay, write_overlay, write_scales
-from evalkit.model import rescale
 from evalkit.model.checkpoint import resolve_checkpoint
 from evalkit.model.load import load_reference
-from evalkit.model.profile import load_profile
+from evalkit.model.ranges import rescale
+from evalkit.model.ranges.profile import load_profile
 from evalkit.progress import progress
 
 FORMAT = "fp8_e4m3"  # whose one scale for latent and rope a checkpoint's k_scale is

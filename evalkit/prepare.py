@@ -31,12 +31,12 @@ from evalkit.gate.policy import Policy
 from evalkit.gate.policy import load as load_policy
 from evalkit.kv import Scales
 from evalkit.kv.aliases import BF16_NAMES
-from evalkit.model import rescale
 from evalkit.model.checkpoint import resolve_checkpoint
 from evalkit.model.load import load_reference
-from evalkit.model.profile import load_profile
-from evalkit.model.shards import sampled_identity
-from evalkit.model.stream import should_stream, stream
+from evalkit.model.ranges import rescale
+from evalkit.model.ranges.profile import load_profile
+from evalkit.model.weights.shards import sampled_identity
+from evalkit.model.weights.stream import should_stream, stream
 from evalkit.progress import progress
 from evalkit.records import ProfileRecord
 

@@ -15,8 +15,8 @@ from evalkit.evaluate.documents import range_documents
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.model.checkpoint import resolve_checkpoint
 from evalkit.model.load import load_reference
-from evalkit.model.profile import PARTS, to_toml
-from evalkit.model.spread import measure
+from evalkit.model.ranges.profile import PARTS, to_toml
+from evalkit.model.ranges.spread import measure
 from evalkit.progress import progress
 from evalkit.records import write_whole
 

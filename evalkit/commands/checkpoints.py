@@ -136,7 +136,7 @@ def synth(
 
     Example: evalkit synth /scratch/three-layers --dims deepseek-v3.2 --layers 3
     """
-    from evalkit.model.synth import changes_of, synth, synth_bytes, synth_config
+    from evalkit.model.synthetic.synth import changes_of, synth, synth_bytes, synth_config
     from evalkit.progress import progress
 
     config = synth_config(dims, layers, changes_of(set_ or ()), dtype)

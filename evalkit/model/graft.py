@@ -30,7 +30,7 @@ class Graft:
     layers: the path module of each decoder layer.
     candidate: what `model(...)` and `model.generate(...)` run on when they are given no cache.
     rounding: see `PathState`.
-    weights: what gives a streamed checkpoint's layers their weights (`evalkit.model.stream`); None where the model
+    weights: what gives a streamed checkpoint's layers their weights (`evalkit.model.weights.stream`); None where the model
         has them all.
     """
 

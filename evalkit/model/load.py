@@ -17,7 +17,7 @@ from evalkit.kv import Scales
 from evalkit.model.checkpoint import read_config, read_json, resolve_checkpoint
 from evalkit.model.graft import graft
 from evalkit.model.placement import placement
-from evalkit.model.stream import load_blocks
+from evalkit.model.weights.stream import load_blocks
 
 
 def load(

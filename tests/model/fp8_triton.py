@@ -6,7 +6,7 @@ from itertools import product
 
 import torch
 
-from evalkit.model import fp8_kernel, fp8_weights
+from evalkit.model.weights import fp8, fp8_kernel
 
 BLOCKS = ((128, 128), (64, 32))
 SHAPES = ((576, 300), (100, 256), (256, 384), (7168, 32))  # blocks cut off at an edge among them
@@ -15,10 +15,10 @@ SHAPES = ((576, 300), (100, 256), (256, 384), (7168, 32))  # blocks cut off at a
 def check(device: str, dtype: torch.dtype) -> None:
     for shape, block in product(SHAPES, BLOCKS):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1]))
-        codes, scale = fp8_weights.quantise(weight, block)
+        codes, scale = fp8.quantise(weight, block)
         scale *= 1.37  # no power of two
         wanted = torch.empty(shape, dtype=dtype)
-        fp8_weights.dequantise(codes, scale, block, wanted)
+        fp8.dequantise(codes, scale, block, wanted)
         got = torch.empty(shape, dtype=dtype, device=device)
         fp8_kernel.multiply(codes.to(device), scale.to(device), block, got)
         assert torch.equal(got.cpu(), wanted), (shape, block)

@@ -20,7 +20,7 @@ from evalkit.model.checkpoint import resolve_checkpoint
 from evalkit.model.graft import graft
 from evalkit.model.load import load_reference
 from evalkit.model.proof import bytes_per_token
-from evalkit.model.stream import stream
+from evalkit.model.weights.stream import stream
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,12 @@ from evalkit.evaluate.documents import generated_tokens, range_documents
 from evalkit.evaluate.lm import EvalkitLM
 from evalkit.kv import Scales
 from evalkit.kv.scale_files import write_overlay
-from evalkit.model import profile as profiles
 from evalkit.model.checkpoint import EMBEDDED
 from evalkit.model.graft import graft
-from evalkit.model.profile import Curves, Profile, Range, load_profile
-from evalkit.model.rescale import Rescaled, apply, exponents, multiply, record
-from evalkit.model.spread import Spread, measure
+from evalkit.model.ranges import profile as profiles
+from evalkit.model.ranges.profile import Curves, Profile, Range, load_profile
+from evalkit.model.ranges.rescale import Rescaled, apply, exponents, multiply, record
+from evalkit.model.ranges.spread import Spread, measure
 from evalkit.records import LayerRecord, RangeRecord, Record, only
 
 ONE = Candidate.parse("fp8_e4m3:one@reference")

@@ -21,12 +21,12 @@ from evalkit.compare.layers import LayerStream, calibrate, compare
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.kv import get as row_format
-from evalkit.model import stream as streaming
-from evalkit.model.ahead import ReadAhead, chunks_of
-from evalkit.model.fp8_weights import dequantise, quantise
-from evalkit.model.shards import sampled_identity, stored_tensors
-from evalkit.model.stream import should_stream, stream
-from evalkit.model.synth import synth, synth_config
+from evalkit.model.synthetic.synth import synth, synth_config
+from evalkit.model.weights import stream as streaming
+from evalkit.model.weights.ahead import ReadAhead, chunks_of
+from evalkit.model.weights.fp8 import dequantise, quantise
+from evalkit.model.weights.shards import sampled_identity, stored_tensors
+from evalkit.model.weights.stream import should_stream, stream
 from evalkit.records import RunDirectory, StageRecord, only, to_line
 from tests.conftest import random_model
 

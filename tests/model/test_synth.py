@@ -15,12 +15,12 @@ from safetensors import safe_open
 from evalkit import cli
 from evalkit.compare.layers import LayerStream
 from evalkit.errors import InputError
-from evalkit.model import synth as module
 from evalkit.model.checkpoint import resolve_checkpoint
-from evalkit.model.dims import DIMS
-from evalkit.model.shards import stored_tensors
-from evalkit.model.stream import stream
-from evalkit.model.synth import changes_of, synth, synth_bytes, synth_config
+from evalkit.model.synthetic import synth as module
+from evalkit.model.synthetic.dims import DIMS
+from evalkit.model.synthetic.synth import changes_of, synth, synth_bytes, synth_config
+from evalkit.model.weights.shards import stored_tensors
+from evalkit.model.weights.stream import stream
 
 SMALL = {"hidden_size": 128, "q_lora_rank": 64, "intermediate_size": 200}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evalkit.errors import InputError
-from evalkit.model.shards import Stored
+from evalkit.model.weights.shards import Stored
 
 CHUNK_BYTES: Final = 1 << 25
 # One thread copies from the page cache at a tenth of what a PCIe link takes; beyond fourteen nothing is gained.

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from evalkit import environment
 from evalkit.errors import InputError
-from evalkit.model.ahead import Chunk, ReadAhead, chunks_of
 from evalkit.model.checkpoint import read_config, read_json, resolve_checkpoint
-from evalkit.model.fp8_weights import SCALE_SUFFIX, block_size, dequantise, scale_shape
 from evalkit.model.graft import graft
 from evalkit.model.placement import placement
-from evalkit.model.shards import Stored, stored_tensors
+from evalkit.model.weights.ahead import Chunk, ReadAhead, chunks_of
+from evalkit.model.weights.fp8 import SCALE_SUFFIX, block_size, dequantise, scale_shape
+from evalkit.model.weights.shards import Stored, stored_tensors
 
 FP8: Final = torch.float8_e4m3fn
 LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")

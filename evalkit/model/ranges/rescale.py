@@ -23,8 +23,8 @@ from torch import Tensor
 
 from evalkit.attention.path import SparseMLA
 from evalkit.errors import InputError
-from evalkit.model.profile import PARTS, Profile, Range
-from evalkit.model.spread import Spread, measure
+from evalkit.model.ranges.profile import PARTS, Profile, Range
+from evalkit.model.ranges.spread import Spread, measure
 from evalkit.records import ProfileRecord
 
 EXACT_DTYPES = (torch.bfloat16, torch.float32, torch.float64)

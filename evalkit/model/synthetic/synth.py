@@ -24,8 +24,8 @@ from torch import Tensor
 
 from evalkit.errors import InputError
 from evalkit.model.checkpoint import EMBEDDED, read_config
-from evalkit.model.dims import DIMS, QUANTIZATION
-from evalkit.model.fp8_weights import SCALE_SUFFIX, quantise, scale_shape
+from evalkit.model.synthetic.dims import DIMS, QUANTIZATION
+from evalkit.model.weights.fp8 import SCALE_SUFFIX, quantise, scale_shape
 
 BLOCK: Final = (128, 128)
 SHARD_BYTES: Final = 4 << 30
@@ -164,7 +164,7 @@ def _pieces(directory: Path) -> list[Piece]:
     """All tensors in the order of the layers, experts one by one."""
     from transformers import AutoModelForCausalLM
 
-    from evalkit.model.stream import sources, state_of
+    from evalkit.model.weights.stream import sources, state_of
 
     config = read_config(directory)
     narrow = (

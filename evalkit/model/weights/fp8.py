@@ -22,7 +22,7 @@ def dequantise(codes: Tensor, scale: Tensor, block: tuple[int, int], out: Tensor
         out: [N, K], any float dtype, the same device.
     """
     if codes.is_cuda and codes.is_contiguous() and out.is_contiguous() and has_triton():
-        from evalkit.model import fp8_kernel
+        from evalkit.model.weights import fp8_kernel
 
         with torch.cuda.device_of(codes):
             fp8_kernel.multiply(codes, scale.float().contiguous(), block, out)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evalkit.candidate import Candidate
 from evalkit.errors import InputError
-from evalkit.model.profile import PARTS, Range
+from evalkit.model.ranges.profile import PARTS, Range
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

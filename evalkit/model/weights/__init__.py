@@ -1,0 +1,1 @@
+"""A checkpoint's weights read layer by layer, and fp8 blocks multiplied out."""
