@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from evalkit import environment
-from evalkit.compare import noise
 from evalkit.compare.layers import compare
+from evalkit.compare.passes import noise
 from evalkit.errors import InputError
 from evalkit.model.checkpoint import weight_files
 from evalkit.model.synthetic.synth import synth, synth_config

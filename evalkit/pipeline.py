@@ -15,9 +15,12 @@ from typing import Any
 from evalkit import environment, kv, versions
 from evalkit.attention import backends, indexer
 from evalkit.candidate import Candidate
-from evalkit.compare import attribution, captured, divergence, noise, phases, ranges
+from evalkit.compare import attribution, engines, phases
+from evalkit.compare.figures import ranges
+from evalkit.compare.found import divergence
 from evalkit.compare.layers import compare, count_passes
-from evalkit.compare.state import LayerState, signature
+from evalkit.compare.passes import noise
+from evalkit.compare.passes.resume import LayerState, signature
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate import answers, kld
@@ -109,12 +112,12 @@ def compare_shown_layers(directory: RunDirectory, prepared: Prepared, shown: Sho
     """What serving engines showed of every layer and next token, against the baseline's own first start."""
     config, scorer, starts = prepared.config, prepared.scorer, shown.starts(prepared.arms)
     if "layers" in config.stages and not directory.done("layers"):
-        steps = captured.count_steps(starts, len(prepared.documents))
+        steps = engines.count_steps(starts, len(prepared.documents))
         with directory.stage("layers") as write, progress("layers", steps) as advance:
             for arm in prepared.arms:
                 for proved in scorer.proof(arm, directory.path):
                     write.write(proved)
-            for record in captured.compare(
+            for record in engines.compare(
                 prepared.documents,
                 starts,
                 topk=scorer.topk,

@@ -16,9 +16,9 @@ from benchmarks.serving.plan import Plan, say
 from evalkit.attention import backends
 from evalkit.attention.backends import Backend
 from evalkit.attention.paged_layer import BLOCK
-from evalkit.compare.capture import Capture
-from evalkit.compare.metrics import compare
-from evalkit.compare.selection import recall
+from evalkit.compare.figures.metrics import compare
+from evalkit.compare.figures.selection import recall
+from evalkit.compare.passes.capture import Capture
 from evalkit.kv import RowFormat, Scales
 
 PROBES = frozenset({"values", "output", "selection"})

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from evalkit.candidate import Candidate
-from evalkit.compare.arms import FROZEN, ISOLATED, PROPAGATED
-from evalkit.compare.capture import LayerPass, run_layer
-from evalkit.compare.cells import ReferencePass
+from evalkit.compare.figures.tokens import kl_nats
+from evalkit.compare.found.accumulate import ReferencePass
 from evalkit.compare.layers import LayerStream
-from evalkit.compare.mixing import components, mix
-from evalkit.compare.rungs import exact
-from evalkit.compare.tokens import kl_nats
+from evalkit.compare.passes.capture import LayerPass, run_layer
+from evalkit.compare.passes.mixing import components, mix
+from evalkit.compare.passes.rungs import exact
+from evalkit.compare.passes.variants import FROZEN, ISOLATED, PROPAGATED
 from evalkit.errors import InputError
 from evalkit.kv import Scales
 from evalkit.records import AttributionRecord

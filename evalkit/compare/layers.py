@@ -27,18 +27,27 @@ from torch import Tensor
 
 from evalkit import kv
 from evalkit.candidate import Candidate
-from evalkit.compare import noise
-from evalkit.compare.arms import DECODE, ISOLATED, PREFILL, PROPAGATED, REFERENCE, Arm, Subject, arms_of
-from evalkit.compare.capture import ATTENTION_PROBES, FROZEN_PROBES, LayerPass, run_layer, sharing
-from evalkit.compare.cells import Cell, ReferencePass
-from evalkit.compare.magnitudes import Magnitudes
-from evalkit.compare.metrics import Accumulator
-from evalkit.compare.ranges import RangeAccumulator, tiles, within
-from evalkit.compare.rows import layer_record, missing_floor, range_record, token_record
-from evalkit.compare.rungs import Rungs, rungs
-from evalkit.compare.state import Keeper
-from evalkit.compare.tokens import TokenAccumulator
-from evalkit.compare.watch import Decode, Watch
+from evalkit.compare.figures.magnitudes import Magnitudes
+from evalkit.compare.figures.metrics import Accumulator
+from evalkit.compare.figures.ranges import RangeAccumulator, tiles, within
+from evalkit.compare.figures.tokens import TokenAccumulator
+from evalkit.compare.found.accumulate import Cell, ReferencePass
+from evalkit.compare.found.to_records import layer_record, missing_floor, range_record, token_record
+from evalkit.compare.found.token_trace import Decode, Watch
+from evalkit.compare.passes import noise
+from evalkit.compare.passes.capture import ATTENTION_PROBES, FROZEN_PROBES, LayerPass, run_layer, sharing
+from evalkit.compare.passes.resume import Keeper
+from evalkit.compare.passes.rungs import Rungs, rungs
+from evalkit.compare.passes.variants import (
+    DECODE,
+    ISOLATED,
+    PREFILL,
+    PROPAGATED,
+    REFERENCE,
+    Arm,
+    Subject,
+    arms_of,
+)
 from evalkit.errors import InputError
 from evalkit.kv import RowFormat, Scales
 from evalkit.records import FloorRecord, Record

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from evalkit.candidate import Candidate
-from evalkit.compare.arms import ISOLATED, PROPAGATED, REFERENCE
-from evalkit.compare.capture import run_layer, sharing
-from evalkit.compare.tokens import kl_nats
+from evalkit.compare.figures.tokens import kl_nats
+from evalkit.compare.passes.capture import run_layer, sharing
+from evalkit.compare.passes.variants import ISOLATED, PROPAGATED, REFERENCE
 from evalkit.errors import InputError
 from evalkit.kv import Scales
 from evalkit.records import PhaseRecord

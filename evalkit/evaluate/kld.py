@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from evalkit.candidate import Candidate
-from evalkit.compare.arms import REFERENCE
-from evalkit.compare.tokens import Place, TokenAccumulator
+from evalkit.compare.figures.tokens import Place, TokenAccumulator
+from evalkit.compare.passes.variants import REFERENCE
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.evaluate.documents import Encode

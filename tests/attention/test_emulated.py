@@ -16,7 +16,7 @@ from evalkit.attention.backends.emulated import Emulated
 from evalkit.attention.backends.sm100 import arithmetic
 from evalkit.attention.backends.sm100.arithmetic import Operands, ProbModel
 from evalkit.compare.layers import compare
-from evalkit.compare.noise import kernel_floor
+from evalkit.compare.passes.noise import kernel_floor
 from evalkit.errors import InputError
 from evalkit.kv import Scales
 from evalkit.kv.numerics.e4m3 import to_e4m3

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import evalkit
 from evalkit import kv
-from evalkit.compare.capture import Capture
+from evalkit.compare.passes.capture import Capture
 from evalkit.kv import Scales
 from tests.conftest import random_model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from evalkit.compare import sums
+from evalkit.compare.figures import sums
 
 SHAPES = ((3, 64), (5, 700), (2, 5000), (40, 1), (5, 9000))
 

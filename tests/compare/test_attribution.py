@@ -14,10 +14,10 @@ from evalkit.attention.backends.readers import READERS
 from evalkit.attention.cache import PagedCache
 from evalkit.candidate import Candidate
 from evalkit.compare import attribution
-from evalkit.compare.arms import REFERENCE
 from evalkit.compare.attribution import attribute, count_passes
 from evalkit.compare.layers import calibrate, compare
-from evalkit.compare.mixing import MixedRows, components, mix
+from evalkit.compare.passes.mixing import MixedRows, components, mix
+from evalkit.compare.passes.variants import REFERENCE
 from evalkit.errors import InputError
 from evalkit.kv import Scales
 from evalkit.kv.base import formats

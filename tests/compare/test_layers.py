@@ -12,10 +12,10 @@ import torch
 from evalkit import kv
 from evalkit.candidate import Candidate
 from evalkit.compare import layers
-from evalkit.compare.arms import FROZEN, REFERENCE, Subject
-from evalkit.compare.capture import ATTENTION_PROBES, Capture
+from evalkit.compare.figures.metrics import relative_l2
 from evalkit.compare.layers import LayerStream, calibrate, compare, count_passes
-from evalkit.compare.metrics import relative_l2
+from evalkit.compare.passes.capture import ATTENTION_PROBES, Capture
+from evalkit.compare.passes.variants import FROZEN, REFERENCE, Subject
 from evalkit.errors import InputError
 from evalkit.kv import Scales
 from evalkit.records import (
@@ -215,7 +215,7 @@ def test_captures_live_no_longer_than_their_layer(
             tensors.append(weakref.ref(self.parts[probe][-1]))
 
     tensors: list[weakref.ref[torch.Tensor]] = []
-    monkeypatch.setattr("evalkit.compare.capture.Capture", Watched)
+    monkeypatch.setattr("evalkit.compare.passes.capture.Capture", Watched)
     stream = LayerStream(model, documents[:1], [Subject(candidate=FP8)], 4, lambda: None)
     for layer in range(3):
         stream.layer(layer)

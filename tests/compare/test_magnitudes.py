@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from evalkit.compare.magnitudes import Magnitudes
+from evalkit.compare.figures.magnitudes import Magnitudes
 from evalkit.errors import InputError
 
 

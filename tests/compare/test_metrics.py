@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from evalkit.compare import sums
-from evalkit.compare.metrics import Accumulator, compare, relative_l2
+from evalkit.compare.figures import sums
+from evalkit.compare.figures.metrics import Accumulator, compare, relative_l2
 
 
 def test_figures_match_values_worked_out_by_hand():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evalkit.attention.paged_layer import PagedLayer
 from evalkit.candidate import Candidate
-from evalkit.compare.arms import REFERENCE
+from evalkit.compare.passes.variants import REFERENCE
 from evalkit.compare.phases import PHASES, Way, compare_phases, count_phase_passes
 from evalkit.errors import InputError
 from evalkit.kv import Scales

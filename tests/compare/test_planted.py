@@ -11,9 +11,9 @@ from torch import Tensor
 from evalkit.attention.path import SparseMLA
 from evalkit.attention.state import PathState
 from evalkit.candidate import Candidate
-from evalkit.compare.arms import REFERENCE
-from evalkit.compare.divergence import divergences
+from evalkit.compare.found.divergence import divergences
 from evalkit.compare.layers import compare
+from evalkit.compare.passes.variants import REFERENCE
 from evalkit.records import (
     DivergenceRecord,
     LayerRecord,

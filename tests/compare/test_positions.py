@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evalkit.compare.positions import figures
+from evalkit.compare.figures.positions import figures
 
 PLACES = np.arange(320)
 

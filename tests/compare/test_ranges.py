@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evalkit.compare.ranges import RangeAccumulator
+from evalkit.compare.figures.ranges import RangeAccumulator
 
 
 def test_shares_at_the_edges_of_e4m3():

@@ -12,9 +12,9 @@ import torch
 from evalkit import kv
 from evalkit.attention import backends
 from evalkit.attention.state import AttentionCall
-from evalkit.compare.metrics import relative_l2
-from evalkit.compare.noise import HALF_ULP, kernel_floor, row_noise
-from evalkit.compare.rungs import rungs
+from evalkit.compare.figures.metrics import relative_l2
+from evalkit.compare.passes.noise import HALF_ULP, kernel_floor, row_noise
+from evalkit.compare.passes.rungs import rungs
 from evalkit.kv import Scales
 
 SAME = torch.clone

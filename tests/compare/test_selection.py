@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evalkit.compare.selection import SelectionAccumulator, kept, margin, mass_lost, recall
+from evalkit.compare.figures.selection import SelectionAccumulator, kept, margin, mass_lost, recall
 
 
 def test_recall_counts_the_references_keys_and_ignores_padding():

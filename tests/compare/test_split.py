@@ -12,8 +12,8 @@ from torch import Tensor
 from evalkit.attention import backends
 from evalkit.attention.backends.base import Backend
 from evalkit.attention.backends.base import backends as registry
-from evalkit.compare import noise
 from evalkit.compare.layers import compare, count_passes
+from evalkit.compare.passes import noise
 from evalkit.records import LayerRecord, only
 
 OWN, SPLIT = 2.0**-7, 2.0**-12  # what the kernel is off by, and what its splits add

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evalkit.compare.metrics import Accumulator
+from evalkit.compare.figures.metrics import Accumulator
 from tests.interpreter import interpret
 
 

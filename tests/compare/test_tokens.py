@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from evalkit.compare.tokens import TokenAccumulator, kl_nats
+from evalkit.compare.figures.tokens import TokenAccumulator, kl_nats
 
 
 def test_kl_of_two_coins():

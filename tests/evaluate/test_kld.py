@@ -8,7 +8,7 @@ import torch
 
 from evalkit.calibrate import read_prompts
 from evalkit.candidate import Candidate
-from evalkit.compare.tokens import kl_nats
+from evalkit.compare.figures.tokens import kl_nats
 from evalkit.errors import InputError
 from evalkit.evaluate import kld
 from evalkit.evaluate.kld import PROMPT, RESPONSE, TEXT, Passage, divergences, passages_of_files

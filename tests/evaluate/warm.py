@@ -23,7 +23,7 @@ def serve(path):
     import torch
     from transformers import AutoTokenizer, DeepseekV32ForCausalLM  # noqa: F401
 
-    import evalkit.compare.capture
+    import evalkit.compare.passes.capture
     import evalkit.evaluate.engines.worker
     import evalkit.model.load  # noqa: F401
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from evalkit.compare import arms, captured, noise, phases
-from evalkit.compare.capture import ATTENTION_PROBES
+from evalkit.compare import engines, phases
+from evalkit.compare.passes import noise, variants
+from evalkit.compare.passes.capture import ATTENTION_PROBES
 from evalkit.errors import InputError
 from evalkit.gate.contradictions import WORDS
 from evalkit.gate.policy import load
@@ -193,9 +194,9 @@ def test_a_policy_that_plans_no_documents_keeps_the_hash_that_runs_have_stored()
 
 
 def test_the_words_that_a_limit_may_select_by_are_those_of_the_records():
-    assert set(WORDS["mode"]) == {arms.ISOLATED, arms.PROPAGATED}
-    assert set(WORDS["frozen"]) == {"none", arms.FROZEN}
-    assert set(WORDS["probe"]) == ATTENTION_PROBES | set(captured.PROBES) | {"hidden", "logits", "kl"}
+    assert set(WORDS["mode"]) == {variants.ISOLATED, variants.PROPAGATED}
+    assert set(WORDS["frozen"]) == {"none", variants.FROZEN}
+    assert set(WORDS["probe"]) == ATTENTION_PROBES | set(engines.PROBES) | {"hidden", "logits", "kl"}
     assert set(WORDS["phase"]) == set(phases.PHASES) | {"text", "prompt", "response"}
     floors = {noise.KERNEL, noise.SPLIT, noise.BATCH, noise.NOISE, noise.START}
     assert set(WORDS["floor"]) == floors

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import evalkit
 from evalkit import cli, environment, pipeline, prepare
 from evalkit.candidate import Candidate
-from evalkit.compare import noise
 from evalkit.compare.layers import LayerStream, calibrate, compare
+from evalkit.compare.passes import noise
 from evalkit.config import RunConfig
 from evalkit.errors import InputError
 from evalkit.kv import get as row_format
@@ -371,7 +371,7 @@ pipeline.run(RunConfig.from_json(records.RunDirectory(path).config), path)
 def test_a_state_of_another_comparison_is_not_gone_on_with(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    from evalkit.compare.state import LayerState, signature
+    from evalkit.compare.passes.resume import LayerState, signature
 
     model = evalkit.load(checkpoints["deepseek_v32"], device="cpu")
     records = tmp_path / "layers.jsonl.tmp"

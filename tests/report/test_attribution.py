@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evalkit.compare.arms import FROZEN
+from evalkit.compare.passes.variants import FROZEN
 from evalkit.records import AttributionRecord, RunDirectory
 from evalkit.report import attribution, html, markdown, terminal
 

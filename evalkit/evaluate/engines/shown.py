@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evalkit.compare.captured import Start
+from evalkit.compare.engines import Start
 from evalkit.errors import InputError
 from evalkit.evaluate.engines.arms import Arm
 from evalkit.progress import progress

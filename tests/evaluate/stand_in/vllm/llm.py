@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import evalkit
-from evalkit.compare.capture import Capture
+from evalkit.compare.passes.capture import Capture
 from vllm.attention import DeepseekV32Attention
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import CONTEXT

@@ -23,7 +23,7 @@ from evalkit.attention.backends.readers import Reader
 from evalkit.attention.backends.sm100 import arithmetic
 from evalkit.attention.state import PathState
 from evalkit.candidate import Candidate
-from evalkit.compare.arms import REFERENCE
+from evalkit.compare.passes.variants import REFERENCE
 from evalkit.kv import RowFormat, Scales
 from evalkit.kv.base import Rows
 from evalkit.kv.scales import ReadScale

@@ -9,12 +9,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from evalkit.compare.arms import PROPAGATED, Arm, phase_spans
-from evalkit.compare.capture import LayerPass
-from evalkit.compare.metrics import Accumulator
-from evalkit.compare.rows import layer_record, selection_record
-from evalkit.compare.rungs import Rungs
-from evalkit.compare.selection import SelectionAccumulator, kept, margin, mass_lost, recall
+from evalkit.compare.figures.metrics import Accumulator
+from evalkit.compare.figures.selection import SelectionAccumulator, kept, margin, mass_lost, recall
+from evalkit.compare.found.to_records import layer_record, selection_record
+from evalkit.compare.passes.capture import LayerPass
+from evalkit.compare.passes.rungs import Rungs
+from evalkit.compare.passes.variants import PROPAGATED, Arm, phase_spans
 from evalkit.records import LayerRecord, SelectionRecord
 
 PLAIN_PROBES: Final = ("latent", "rope", "attention", "values", "output")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any, Final
 
-from evalkit.compare.arms import PREFILL, PROPAGATED, REFERENCE, Arm
-from evalkit.compare.metrics import Figures
-from evalkit.compare.ranges import RangeFigures
-from evalkit.compare.selection import SelectionFigures
-from evalkit.compare.tokens import TokenFigures
+from evalkit.compare.figures.metrics import Figures
+from evalkit.compare.figures.ranges import RangeFigures
+from evalkit.compare.figures.selection import SelectionFigures
+from evalkit.compare.figures.tokens import TokenFigures
+from evalkit.compare.passes.variants import PREFILL, PROPAGATED, REFERENCE, Arm
 from evalkit.records import LayerRecord, RangeRecord, SelectionRecord, TokenRecord
 
 RECORDED: Final = {field.name for field in fields(Figures)} & {field.name for field in fields(LayerRecord)}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evalkit.compare.tokens import WORST, TokenAccumulator, WorstToken
+from evalkit.compare.figures.tokens import WORST, TokenAccumulator, WorstToken
 from evalkit.records import WorstTokenRecord
 
 WINDOW: Final = 24  # tokens of text shown, the query's last

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from evalkit import kv
 from evalkit.candidate import Candidate
-from evalkit.compare import noise
-from evalkit.compare.arms import PROPAGATED, Arm, Subject, phase_spans
-from evalkit.compare.cells import Cell
-from evalkit.compare.metrics import Accumulator
-from evalkit.compare.rows import layer_record, token_record
-from evalkit.compare.selection import SelectionAccumulator, recall
-from evalkit.compare.tokens import TokenAccumulator
-from evalkit.compare.watch import Decode, Watch
+from evalkit.compare.figures.metrics import Accumulator
+from evalkit.compare.figures.selection import SelectionAccumulator, recall
+from evalkit.compare.figures.tokens import TokenAccumulator
+from evalkit.compare.found.accumulate import Cell
+from evalkit.compare.found.to_records import layer_record, token_record
+from evalkit.compare.found.token_trace import Decode, Watch
+from evalkit.compare.passes import noise
+from evalkit.compare.passes.variants import PROPAGATED, Arm, Subject, phase_spans
 from evalkit.errors import InputError
 from evalkit.kv import Scales
 from evalkit.kv.scales import identity

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from evalkit.attention import backends
 from evalkit.candidate import Candidate
-from evalkit.compare.arms import REFERENCE, Subject
+from evalkit.compare.passes.variants import REFERENCE, Subject
 from evalkit.errors import InputError
 
 KERNEL, SPLIT, BATCH, NOISE = "floor:kernel", "floor:split", "floor:batch", "floor:noise"

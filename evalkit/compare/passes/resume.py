@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evalkit.compare.arms import Arm
-from evalkit.compare.watch import Watch
-from evalkit.compare.worst import Trace
+from evalkit.compare.found.token_trace import Watch
+from evalkit.compare.found.worst_tokens import Trace
+from evalkit.compare.passes.variants import Arm
 from evalkit.kv import RowFormat, Scales
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evalkit.compare.sums import BINS, MANTISSA_SHIFT, Sums, sums_of
+from evalkit.compare.figures.sums import BINS, MANTISSA_SHIFT, Sums, sums_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evalkit.compare import noise, positions
-from evalkit.compare.arms import DECODE, PREFILL, PROPAGATED, Arm
-from evalkit.compare.cells import Cell
-from evalkit.compare.tokens import Place, TokenAccumulator
-from evalkit.compare.worst import Trace, worst_tokens
+from evalkit.compare.figures import positions
+from evalkit.compare.figures.tokens import Place, TokenAccumulator
+from evalkit.compare.found.accumulate import Cell
+from evalkit.compare.found.worst_tokens import Trace, worst_tokens
+from evalkit.compare.passes import noise
+from evalkit.compare.passes.variants import DECODE, PREFILL, PROPAGATED, Arm
 from evalkit.records import ConfidenceRecord, MultipleRecord, PositionRecord, Record
 from evalkit.stats.ratios import Ratio, by_units
 

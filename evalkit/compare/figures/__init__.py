@@ -1,0 +1,1 @@
+"""What two tensors, selections or distributions differ by."""

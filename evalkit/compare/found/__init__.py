@@ -1,0 +1,1 @@
+"""What was found of each layer, phase and token, as records."""
